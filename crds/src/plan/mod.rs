@@ -1,0 +1,17 @@
+//! Pure resolution of a job into concrete stage plans: no I/O, no clock.
+
+pub mod architecture;
+mod error;
+pub mod flops;
+pub mod growth_map;
+pub mod guideline;
+pub mod memory;
+pub mod parameters;
+mod resolve;
+mod schedule;
+mod training;
+pub mod types;
+
+pub use error::{PlanError, PlanErrors};
+pub use resolve::resolve;
+pub use types::*;

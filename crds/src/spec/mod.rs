@@ -1,0 +1,12 @@
+//! The desired state: what a user writes.
+
+pub mod data;
+mod job;
+pub mod model;
+pub mod policy;
+pub(crate) mod schema;
+pub mod stage;
+pub mod storage;
+pub mod training;
+
+pub use job::*;

@@ -1,0 +1,232 @@
+//! Stages and growth.
+
+use super::model::ModelSpec;
+use super::schema::without_descriptions;
+use super::training::ScheduleSpec;
+use crate::plan::{GrowthOperator, OptimizerStatePolicy};
+use crate::quantity::{StageTokens, TokenCount};
+use k8s_openapi::api::core::v1::{ResourceRequirements, Toleration};
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+
+/// One architecture, trained for a number of tokens.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("!has(self.replicas) || !has(self.elastic)")
+        .message("set replicas for a fixed size or elastic for a range, not both"),
+    validation = Rule::new(
+        "!has(self.growth) || self.growth.operator != 'Stack' || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
+    )
+    .message("Stack needs to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
+    validation = Rule::new(
+        "!has(self.growth) || !has(self.model) || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim) || has(self.model.vocabSize) || has(self.model.maxPositionEmbeddings) || has(self.model.ropeTheta) || has(self.model.rmsNormEps) || has(self.model.tieWordEmbeddings) || has(self.model.initializer))"
+    )
+    .message("growth changes the depth only: keep numHiddenLayers and remove the rest of the stage's model"),
+    validation = Rule::new(
+        "has(self.model) == has(oldSelf.model) && (!has(self.model) || self.model == oldSelf.model)"
+    )
+    .message("the model of a stage cannot be changed; create a new job instead"),
+    validation = Rule::new(
+        "has(self.growth) == has(oldSelf.growth) && (!has(self.growth) || self.growth == oldSelf.growth)"
+    )
+    .message("the growth of a stage cannot be changed; create a new job instead"),
+    validation = Rule::new(
+        "has(self.initFrom) == has(oldSelf.initFrom) && (!has(self.initFrom) || self.initFrom == oldSelf.initFrom)"
+    )
+    .message("initFrom cannot be changed; create a new job instead"),
+    validation = Rule::new(
+        "has(self.training) == has(oldSelf.training) && (!has(self.training) || self.training == oldSelf.training)"
+    )
+    .message("the training of a stage cannot be changed; create a new job instead"),
+)]
+pub struct StageSpec {
+    /// Name, unique in the job.
+    #[schemars(length(min = 1, max = 12), regex(pattern = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"))]
+    pub name: String,
+    /// Architecture where it differs from the job's. A stage that grows sets numHiddenLayers at most.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelSpec>,
+    /// How the model is made from the stage before. Every stage but the first has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth: Option<GrowthSpec>,
+    /// Weights that the first stage starts from. Default: random ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub init_from: Option<InitFromSpec>,
+    /// Tokens it trains, rounded up to whole steps; auto is the paper's guideline for when to grow. May be changed
+    /// until the stage has finished.
+    pub tokens: StageTokens,
+    /// Trainer pods, fixed. Default: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 4096))]
+    pub replicas: Option<i32>,
+    /// Trainer pods, following spec.replicas within bounds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub elastic: Option<ElasticSpec>,
+    /// How it trains, where it differs from the job.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub training: Option<StageTrainingSpec>,
+    /// Parts of the trainer pods of this stage, merged over spec.template; a change takes effect at the next attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<StageTemplate>,
+}
+
+/// How the last checkpoint of one stage becomes the first one of the next.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("(self.operator == 'LayerMap') == has(self.layerMap)")
+        .message("layerMap belongs to operator LayerMap: set both or neither"),
+    validation = Rule::new("self.operator == 'Stack' || !has(self.factor)")
+        .message("factor belongs to operator Stack; with LayerMap the list says how deep the model becomes, remove factor"),
+)]
+pub struct GrowthSpec {
+    /// Stack repeats the whole model; LayerMap takes a list of source layers.
+    pub operator: GrowthOperator,
+    /// How many times Stack repeats the model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 2, max = 64))]
+    pub factor: Option<u32>,
+    /// Source layers of LayerMap.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layer_map: Option<LayerMapSpec>,
+    /// What becomes of the optimizer's moments. Default: Reset.
+    #[serde(default)]
+    pub optimizer_state: OptimizerStatePolicy,
+}
+
+/// The source layer of every target layer; exactly one member.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("has(self.layers) != has(self.pattern)")
+        .message("set exactly one of layers and pattern in layerMap"),
+)]
+pub struct LayerMapSpec {
+    /// Source layers from 0, from the input up: [0, 1, 0, 1].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 1024), inner(range(max = 1023)))]
+    pub layers: Option<Vec<u32>>,
+    /// The paper's notation with layers from 1, one digit each: 12-3456*5-56 is layers 1 2, five times 3 4 5 6, then 5 6.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 1024), regex(pattern = r"^[1-9]+(\*[0-9]+)?(-[1-9]+(\*[0-9]+)?)*$"))]
+    pub pattern: Option<String>,
+}
+
+/// Given weights.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct InitFromSpec {
+    /// Folder with config.json and safetensors, as Hugging Face lays it out: file://, s3://, gs:// or az://. Its
+    /// architecture must be the one of the stage.
+    #[schemars(length(max = 1024), regex(pattern = r"^(file|s3|gs|az)://.+$"))]
+    pub uri: String,
+}
+
+/// Bounds of the number of trainer pods.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.minReplicas <= self.maxReplicas")
+        .message("minReplicas is larger than maxReplicas; swap or change them"),
+    validation = Rule::new(
+        "!has(self.allowedReplicas) || self.allowedReplicas.all(r, self.minReplicas <= r && r <= self.maxReplicas)"
+    )
+    .message("every one of allowedReplicas must lie between minReplicas and maxReplicas"),
+)]
+pub struct ElasticSpec {
+    /// Fewest pods that train.
+    #[schemars(range(min = 1, max = 4096))]
+    pub min_replicas: i32,
+    /// Most pods that train.
+    #[schemars(range(min = 1, max = 4096))]
+    pub max_replicas: i32,
+    /// The only sizes that are used. Default: every size whose ranks share the global batch evenly.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(length(min = 1, max = 32), inner(range(min = 1, max = 4096)))]
+    pub allowed_replicas: Option<Vec<i32>>,
+    /// Seconds that a larger size must be wanted before the stage restarts with it. Default: 300.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 604800))]
+    pub scale_up_delay_seconds: Option<i32>,
+}
+
+/// What a stage trains differently from the job. What is left out is taken from spec.training.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StageTrainingSpec {
+    /// Tokens of one optimizer step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub global_batch_tokens: Option<TokenCount>,
+    /// Tokens of one forward and backward pass.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub micro_batch_tokens: Option<TokenCount>,
+    /// The optimizer, member by member.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub optimizer: Option<StageOptimizerSpec>,
+    /// The learning rate over the stage, as a whole.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<ScheduleSpec>,
+    /// Global norm to which gradients are clipped; 0 switches clipping off.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub gradient_clip: Option<f64>,
+}
+
+/// What a stage optimizes differently from the job.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StageOptimizerSpec {
+    /// AdamW.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adam_w: Option<StageAdamWSpec>,
+}
+
+/// AdamW; what is left out is taken from spec.training.optimizer.adamW.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StageAdamWSpec {
+    /// Peak learning rate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub learning_rate: Option<f64>,
+    /// Decay of the first moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 0.9999999))]
+    pub beta1: Option<f64>,
+    /// Decay of the second moment.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 0.9999999))]
+    pub beta2: Option<f64>,
+    /// Term that keeps the division finite.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub epsilon: Option<f64>,
+    /// Decoupled weight decay.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub weight_decay: Option<f64>,
+    /// Whether norm gains and embeddings decay too.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decay_norms_and_embeddings: Option<bool>,
+}
+
+/// Parts of the trainer pods of one stage.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StageTemplate {
+    /// Resources of the trainer container.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(schema_with = "without_descriptions::<Option<ResourceRequirements>>")]
+    pub resources: Option<ResourceRequirements>,
+    /// Labels of the nodes that the pods run on, added to those of spec.template.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    #[schemars(extend("maxProperties" = 32))]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints that the pods tolerate, added to those of spec.template.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 32), schema_with = "without_descriptions::<Vec<Toleration>>")]
+    pub tolerations: Vec<Toleration>,
+}

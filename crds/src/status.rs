@@ -1,0 +1,213 @@
+//! The observed state: what the operator reports.
+
+use crate::conditions::MAX_CONDITIONS;
+use crate::spec::schema::without_descriptions;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use kube::KubeSchema;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+const _: () = assert!(MAX_CONDITIONS == 16, "the schema below says 16");
+
+/// What the operator has observed.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GrowthTrainingJobStatus {
+    /// Generation of the spec that this status describes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
+    /// Summary of the conditions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub phase: Option<Phase>,
+    /// Stage that runs, or that ran last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub current_stage: Option<String>,
+    /// Trainer pods of the current attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replicas: Option<i32>,
+    /// Trainer pods that are ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_replicas: Option<i32>,
+    /// Labels of the trainer pods, for /scale.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub selector: Option<String>,
+    /// Restarts that count towards maxRestarts.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<i32>,
+    /// Times that the current stage has been started, resumes and preemptions included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub execution_attempts: Option<i32>,
+    /// When the first pod was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When the job ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// How far it is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<ProgressStatus>,
+    /// Stages that have begun, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16))]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
+    pub stages: Vec<StageStatus>,
+    /// Kubernetes conditions: Accepted, Suspended, PodsScheduled, Running, Progressing, CheckpointAvailable, Scaling,
+    /// Complete, Failed.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 16), schema_with = "without_descriptions::<Vec<Condition>>")]
+    #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// Summary of the conditions, for people; programs read the conditions.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq, Hash, JsonSchema)]
+pub enum Phase {
+    /// Nothing has been started.
+    #[default]
+    Pending,
+    /// The text is being turned into tokens.
+    Preparing,
+    /// A growth step runs.
+    Transforming,
+    /// Waits for quota or for a place on the nodes.
+    Queued,
+    /// Pods are starting.
+    Starting,
+    /// Steps advance.
+    Training,
+    /// The last checkpoint of a stage is being committed.
+    Committing,
+    /// An attempt ended and the next one is being prepared.
+    Restarting,
+    /// The attempt ends so that the next one has another size.
+    Scaling,
+    /// The attempt ends because the job is to be suspended.
+    Suspending,
+    /// Suspended; holds no pods.
+    Suspended,
+    /// All stages are complete.
+    Complete,
+    /// Ended without finishing.
+    Failed,
+}
+
+impl Phase {
+    /// Whether the job has ended for good.
+    pub fn is_terminal(self) -> bool {
+        matches!(self, Self::Complete | Self::Failed)
+    }
+}
+
+/// How far a job is.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ProgressStatus {
+    /// Per cent of the tokens of all stages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub percent: Option<i32>,
+    /// Tokens trained, over all stages.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<i64>,
+    /// Tokens a second, over all pods.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens_per_second: Option<i64>,
+    /// Training loss in nats a token, as text: 2.31.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss: Option<String>,
+    /// Seconds to the end of the job at the present speed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta_seconds: Option<i64>,
+    /// When the trainer said so.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_updated: Option<Time>,
+}
+
+/// One stage that has begun.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct StageStatus {
+    /// Name of the stage.
+    pub name: String,
+    /// Where it is.
+    pub state: StageState,
+    /// Attempt that runs or ran last, from 0; it fences checkpoints.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<i32>,
+    /// Job of the attempt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_name: Option<String>,
+    /// Job of the growth step.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transform_job_name: Option<String>,
+    /// When it began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When it ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
+    /// Trainer pods that it should have.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub desired_replicas: Option<i32>,
+    /// Trainer pods that are ready.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_replicas: Option<i32>,
+    /// Its last committed checkpoint.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<CheckpointStatus>,
+    /// Its last failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_failure: Option<FailureStatus>,
+}
+
+/// Where a stage is.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq, Hash, JsonSchema)]
+pub enum StageState {
+    /// Has not begun.
+    #[default]
+    Pending,
+    /// Its growth step runs.
+    Transforming,
+    /// Trains, or is about to.
+    Training,
+    /// Has its last checkpoint.
+    Complete,
+    /// Ended without finishing.
+    Failed,
+}
+
+/// A committed checkpoint.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CheckpointStatus {
+    /// Its folder.
+    pub uri: String,
+    /// Optimizer steps done in the stage.
+    pub step: i64,
+    /// Tokens trained in the stage.
+    pub tokens: i64,
+    /// Digest of the state.
+    pub digest: String,
+    /// When it was committed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub committed_at: Option<Time>,
+}
+
+/// Why an attempt ended.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct FailureStatus {
+    /// One word.
+    pub reason: String,
+    /// One sentence.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub message: Option<String>,
+    /// Node of the pod that failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Exit code of its trainer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exit_code: Option<i32>,
+    /// When.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time: Option<Time>,
+}

@@ -1,0 +1,90 @@
+//! Every file in examples/ is a job that an API server accepts and that resolves.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+use growth_crds::admission::admission_errors;
+use growth_crds::plan::{JobPlan, StageStart};
+use growth_crds::{GrowthTrainingJob, resolve};
+use std::path::{Path, PathBuf};
+
+fn examples() -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
+    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let mut files: Vec<PathBuf> =
+        files.filter(|path| path.extension().is_some_and(|end| end == "yaml")).collect();
+    files.sort();
+    files
+}
+
+fn read(path: &Path) -> GrowthTrainingJob {
+    let text = std::fs::read_to_string(path).unwrap();
+    serde_saphyr::from_str(&text).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn plan(name: &str) -> JobPlan {
+    let job = read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples").join(name));
+    resolve(&job.metadata.name.unwrap(), &job.spec).unwrap()
+}
+
+#[test]
+fn all_are_accepted_and_resolve() {
+    let files = examples();
+    assert!(files.len() >= 2);
+    for path in files {
+        let job = read(&path);
+        let errors = admission_errors(&job, None).unwrap();
+        assert_eq!(errors, [], "{}", path.display());
+        let name = job.metadata.name.clone().unwrap();
+        if let Err(errors) = resolve(&name, &job.spec) {
+            panic!("{}: {errors}", path.display());
+        }
+        // A job that was read and written again is the same job.
+        let written = serde_json::to_value(&job).unwrap();
+        assert_eq!(serde_json::from_value::<GrowthTrainingJob>(written).unwrap(), job, "{}", path.display());
+    }
+}
+
+#[test]
+fn no_field_is_misspelt() {
+    for path in examples() {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let written: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
+        let read = serde_json::to_value(read(&path)).unwrap();
+        assert_known(&written, &read, &path.display().to_string());
+    }
+}
+
+/// What is not in the type is not in what the type writes.
+fn assert_known(written: &serde_json::Value, read: &serde_json::Value, place: &str) {
+    if let (Some(written), Some(read)) = (written.as_object(), read.as_object()) {
+        for (name, value) in written {
+            let place = format!("{place}: {name}");
+            assert_known(value, read.get(name).unwrap_or_else(|| panic!("{place} is unknown")), &place);
+        }
+    }
+    if let (Some(written), Some(read)) = (written.as_array(), read.as_array()) {
+        written.iter().zip(read).for_each(|(written, read)| assert_known(written, read, place));
+    }
+}
+
+#[test]
+fn the_papers_job_is_the_papers() {
+    let plan = plan("llama-1b-s3.yaml");
+    let [small, large] = &plan.stages[..] else { panic!("{} stages", plan.stages.len()) };
+    assert_eq!(small.steps, 5000);
+    assert_eq!(large.model.num_hidden_layers, 24);
+    assert_eq!(large.parameters.total / 1_000_000, 1_364);
+    assert_eq!(small.training.adam_w.learning_rate, 1e-3);
+    assert_eq!(large.training.adam_w.learning_rate, 3e-4);
+    // The base costs about a fortieth of what the target does.
+    let share = small.flops.six_nd / large.flops.six_nd;
+    assert!((share - 10.48576 / 97.5 / 4.0).abs() < 1e-3, "{share}");
+}
+
+#[test]
+fn the_partial_stack_is_table_5s() {
+    let plan = plan("layer-map.yaml");
+    let StageStart::Growth(growth) = &plan.stages[1].start else { panic!() };
+    assert_eq!(growth.layers.len(), 24);
+    assert_eq!(growth.layers[..6], [0, 1, 2, 3, 4, 5]);
+    assert_eq!(growth.layers[22..], [4, 5]);
+}

@@ -1,0 +1,422 @@
+//! From a spec to plans: defaults, growth, tokens, schedules, and what each mistake says.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use common::{edit, example, job};
+use growth_crds::plan::{GrowthOperator, JobPlan, OptimizerStatePolicy, SchedulePlan, StageStart};
+use growth_crds::resolve;
+use serde_json::{Value, json};
+
+type Edit = (&'static str, Value);
+
+fn plan(edits: &[Edit]) -> Result<JobPlan, Vec<String>> {
+    let mut object = example();
+    edits.iter().for_each(|(path, value)| edit(&mut object, path, value));
+    let job = job(object);
+    let name = job.metadata.name.unwrap_or_default();
+    resolve(&name, &job.spec).map_err(|errors| errors.into_iter().map(|error| error.to_string()).collect())
+}
+
+#[test]
+fn everything_has_a_default() {
+    let plan = plan(&[]).unwrap();
+    assert_eq!(plan.notes, Vec::<String>::new());
+    let [small, large] = &plan.stages[..] else { panic!("{} stages", plan.stages.len()) };
+
+    let model = &small.model;
+    assert_eq!((model.head_dim, model.num_key_value_heads), (16, 4));
+    assert_eq!((model.vocab_size, model.max_position_embeddings), (2048, 256));
+    assert_eq!((model.rope_theta, model.rms_norm_eps), (10_000.0, 1e-5));
+    assert!(!model.tie_word_embeddings);
+    assert!(matches!(small.start, StageStart::Random { .. }));
+    assert_eq!((small.steps, small.tokens, small.first_token), (256, 1_048_576, 0));
+    assert_eq!(small.training.micro_batch_tokens, 4096);
+    assert_eq!(
+        small.training.schedule,
+        SchedulePlan::Cosine { warmup_tokens: 0, horizon_tokens: 1_048_576, min_ratio: 0.1 }
+    );
+    assert_eq!((small.checkpoint.every_tokens, small.checkpoint.every_seconds), (None, Some(600)));
+    assert_eq!(small.checkpoint.keep_last, 2);
+    // A tenth of the stage is 104,858 tokens: 26 steps.
+    assert_eq!((small.evaluation.every_tokens, small.evaluation.tokens), (26 * 4096, 65_536));
+
+    let StageStart::Growth(growth) = &large.start else { panic!("{:?}", large.start) };
+    assert_eq!(growth.from_stage, "small");
+    assert_eq!(growth.operator, GrowthOperator::Stack);
+    assert_eq!(growth.layers, [0, 1, 0, 1, 0, 1, 0, 1]);
+    assert_eq!(growth.optimizer_state, OptimizerStatePolicy::Reset);
+    assert_eq!(large.model.num_hidden_layers, 8);
+    assert_eq!(large.first_token, 1_048_576);
+    assert_eq!(large.index, 1);
+}
+
+#[test]
+fn a_stage_overrides_member_by_member() {
+    let plan = plan(&[
+        ("/spec/training/optimizer", json!({"adamW": {"beta2": 0.99, "learningRate": 1e-3}})),
+        ("/spec/stages/1/training/optimizer", json!({"adamW": {"learningRate": 2e-3}})),
+        ("/spec/stages/1/training/schedule", json!({"wsd": {"warmupTokens": "100K", "decayTokens": "1M"}})),
+        ("/spec/stages/1/training/globalBatchTokens", json!(8192)),
+        ("/spec/stages/1/training/microBatchTokens", json!(2048)),
+        ("/spec/stages/1/training/gradientClip", json!(0.0)),
+    ])
+    .unwrap();
+    let (small, large) = (&plan.stages[0].training, &plan.stages[1].training);
+    assert_eq!((small.adam_w.learning_rate, small.adam_w.beta2), (1e-3, 0.99));
+    assert_eq!((large.adam_w.learning_rate, large.adam_w.beta2), (2e-3, 0.99));
+    assert_eq!((large.global_batch_tokens, large.micro_batch_tokens), (8192, 2048));
+    assert_eq!((small.gradient_clip, large.gradient_clip), (1.0, 0.0));
+    assert_eq!(
+        large.schedule,
+        SchedulePlan::Wsd {
+            warmup_tokens: 100_000,
+            decay_tokens: 1_000_000,
+            end_tokens: 4_194_304,
+            min_ratio: 0.0
+        }
+    );
+    // Four micro-batches: three levels of gradients.
+    let memory = &plan.stages[1].memory;
+    assert_eq!(memory.gradients_bytes, 3 * memory.weights_bytes);
+    assert_eq!(memory.optimizer_bytes, 2 * memory.weights_bytes);
+}
+
+#[test]
+fn tokens_are_rounded_up_to_whole_steps() {
+    let plan = plan(&[("/spec/stages/0/tokens", json!(1_000_000))]).unwrap();
+    assert_eq!((plan.stages[0].tokens, plan.stages[0].steps), (1_003_520, 245));
+    assert_eq!(plan.stages[1].first_token, 1_003_520);
+    assert_eq!(
+        plan.notes,
+        ["spec.stages[0]: 1M tokens are not whole steps of 4096; it trains 1003520 in 245 steps"]
+    );
+}
+
+#[test]
+fn auto_is_clamped_to_a_tenth_and_says_so() {
+    let plan = plan(&[("/spec/stages/0/tokens", json!("auto"))]).unwrap();
+    // A tenth of 4,194,304 is 102.4 steps.
+    assert_eq!(plan.stages[0].tokens, 102 * 4096);
+    let note = &plan.notes[0];
+    assert!(note.contains("limited to 419K, a tenth of stage large"), "{note}");
+    assert!(note.contains("fitted on 400M to 3B parameters and 8e19 to 1.2e21 FLOP"), "{note}");
+}
+
+#[test]
+fn auto_follows_the_guideline_where_it_was_fitted() {
+    let plan = plan(&[
+        (
+            "/spec/model",
+            json!({"hiddenSize": 2048, "intermediateSize": 5632, "numAttentionHeads": 32, "vocabSize": 32000}),
+        ),
+        ("/spec/training/sequenceLength", json!(2048)),
+        ("/spec/training/globalBatchTokens", json!(2_097_152)),
+        ("/spec/training/microBatchTokens", json!(16_384)),
+        ("/spec/stages/0/model/numHiddenLayers", json!(6)),
+        ("/spec/stages/0/tokens", json!("auto")),
+        ("/spec/stages/1/tokens", json!("150B")),
+    ])
+    .unwrap();
+    let tokens = plan.stages[0].tokens;
+    // N = 1.233 B, C = 6 N 150 B = 1.1e21: about 11 B, inside the tenth.
+    assert!((10_000_000_000..13_000_000_000).contains(&tokens), "{tokens}");
+    assert_eq!(tokens % 2_097_152, 0);
+    assert!(
+        !plan.notes.iter().any(|note| note.contains("limited") || note.contains("fitted")),
+        "{:?}",
+        plan.notes
+    );
+    assert!(plan.notes.iter().any(|note| note.contains("the guideline says")), "{:?}", plan.notes);
+}
+
+#[test]
+fn auto_never_trains_less_than_a_step() {
+    let plan =
+        plan(&[("/spec/stages/0/tokens", json!("auto")), ("/spec/stages/1/tokens", json!(4096))]).unwrap();
+    assert_eq!(plan.stages[0].steps, 1);
+}
+
+#[test]
+fn growth_chains_and_lists() {
+    let plan = plan(&[
+        ("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {"pattern": "1-12*2-2"}, "optimizerState": "Keep"})),
+        ("/spec/stages/2", json!({"name": "huge", "growth": {"operator": "Stack"}, "model": {"numHiddenLayers": 12}, "tokens": 4096})),
+    ])
+    .unwrap();
+    let StageStart::Growth(growth) = &plan.stages[1].start else { panic!() };
+    assert_eq!(growth.layers, [0, 0, 1, 0, 1, 1]);
+    assert_eq!(growth.optimizer_state, OptimizerStatePolicy::Keep);
+    assert_eq!(plan.stages[2].model.num_hidden_layers, 12);
+    let StageStart::Growth(growth) = &plan.stages[2].start else { panic!() };
+    assert_eq!(growth.layers, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]);
+}
+
+#[test]
+fn a_shallow_base_and_a_large_factor_are_noted() {
+    let plan = plan(&[
+        ("/spec/stages/0/model/numHiddenLayers", json!(1)),
+        ("/spec/stages/1/growth/factor", json!(12)),
+    ])
+    .unwrap();
+    assert_eq!(plan.notes.len(), 2, "{:?}", plan.notes);
+    assert!(plan.notes[0].contains("factor 12 is far above"));
+    assert!(plan.notes[1].contains("a base of 1 layer lost"));
+}
+
+#[test]
+fn a_given_start_is_kept() {
+    let plan = plan(&[("/spec/stages/0/initFrom", json!({"uri": "s3://bucket/base"}))]).unwrap();
+    assert_eq!(plan.stages[0].start, StageStart::Checkpoint { uri: "s3://bucket/base".to_owned() });
+}
+
+#[test]
+fn every_mistake_says_what_to_do() {
+    let cases: Vec<(Vec<Edit>, &str)> = vec![
+        (vec![("/metadata/name", json!("A"))], "metadata.name: start it with a letter and use only a-z"),
+        (vec![("/metadata/name", json!("a".repeat(33)))], "metadata.name: it is longer than 32 characters"),
+        (vec![("/spec/stages", json!([]))], "spec.stages: there are 0 stages; write 1 to 16"),
+        (
+            vec![("/spec/stages/1/name", json!("small"))],
+            "spec.stages[1].name: another stage is called small too",
+        ),
+        (vec![("/spec/stages/1/name", json!("-"))], "spec.stages[1].name: start it with a letter"),
+        (vec![("/spec/model/hiddenSize", Value::Null)], "spec.model.hiddenSize: it is missing; say how wide"),
+        (
+            vec![("/spec/model/intermediateSize", Value::Null)],
+            "spec.model.intermediateSize: it is missing; about 8/3",
+        ),
+        (vec![("/spec/stages/0/model", Value::Null)], "spec.model.numHiddenLayers: it is missing"),
+        (
+            vec![("/spec/stages/0/model/numHiddenLayers", json!(0))],
+            "spec.stages[0].model.numHiddenLayers: 0 is out of range; use 1 to 1024",
+        ),
+        (
+            vec![("/spec/model/hiddenSize", json!(66))],
+            "spec.model.headDim: it is missing, and hiddenSize 66 is no multiple",
+        ),
+        (
+            vec![("/spec/model/numAttentionHeads", json!(64))],
+            "spec.model.headDim: a head of 1 channels cannot carry",
+        ),
+        (vec![("/spec/model/headDim", json!(7))], "spec.model.headDim: a head of 7 channels"),
+        (
+            vec![("/spec/model/numKeyValueHeads", json!(3))],
+            "spec.model.numKeyValueHeads: 3 does not divide the 4",
+        ),
+        (vec![("/spec/model/numKeyValueHeads", json!(0))], "spec.model.numKeyValueHeads: 0 does not divide"),
+        (
+            vec![("/spec/model/vocabSize", json!(100))],
+            "spec.model.vocabSize: 100 is smaller than data.tokenizer.train.vocabSize 2048",
+        ),
+        (
+            vec![("/spec/data/tokenizer", json!({"uri": "file:///t.json"}))],
+            "spec.model.vocabSize: it is missing; set it to the size",
+        ),
+        (
+            vec![("/spec/model/maxPositionEmbeddings", json!(128))],
+            "spec.model.maxPositionEmbeddings: 128 is shorter than training.sequenceLength 256",
+        ),
+        (vec![("/spec/model/ropeTheta", json!(0.0))], "spec.model.ropeTheta: 0 is not above 0"),
+        (
+            vec![("/spec/training/sequenceLength", json!(1))],
+            "spec.training.sequenceLength: a sequence needs at least 2",
+        ),
+        (
+            vec![("/spec/training/globalBatchTokens", json!(4097))],
+            "spec.training.globalBatchTokens: 4097 is not a multiple of sequenceLength 256; use 4096 or 4352",
+        ),
+        (
+            vec![("/spec/training/globalBatchTokens", json!(100))],
+            "not a multiple of sequenceLength 256; use 256",
+        ),
+        (
+            vec![("/spec/training/globalBatchTokens", json!(0))],
+            "spec.training.globalBatchTokens: a step needs tokens",
+        ),
+        (
+            vec![("/spec/training/microBatchTokens", json!(1000))],
+            "spec.training.microBatchTokens: 1000 is not a multiple of sequenceLength 256; use 768 or 1024",
+        ),
+        (
+            vec![("/spec/training/microBatchTokens", json!(768))],
+            "spec.training.globalBatchTokens: 4096 is not a multiple of microBatchTokens 768; use 3840 or 4608",
+        ),
+        (
+            vec![("/spec/stages/1/training/microBatchTokens", json!(0))],
+            "spec.stages[1].training.microBatchTokens: a pass needs tokens",
+        ),
+        (vec![("/spec/training/seed", json!(-1))], "spec.training.seed: -1 is negative; use 0 or more"),
+        (
+            vec![("/spec/training/optimizer", json!({"adamW": {"beta1": 1.0}}))],
+            "spec.training.optimizer.adamW.beta1: 1 is no decay rate",
+        ),
+        (
+            vec![("/spec/stages/1/training/optimizer", json!({"adamW": {"learningRate": -1.0}}))],
+            "spec.stages[1].training.optimizer.adamW.learningRate: -1 is not a finite number from 0 up",
+        ),
+        (
+            vec![("/spec/training/schedule", json!({"constant": {"warmupTokens": "2M"}}))],
+            "spec.training.schedule.constant.warmupTokens: a warm-up of 2M tokens is longer than stage small (1048576 tokens)",
+        ),
+        (
+            vec![(
+                "/spec/training/schedule",
+                json!({"cosine": {"warmupTokens": "1M", "horizonTokens": "500K"}}),
+            )],
+            "spec.training.schedule.cosine.horizonTokens: the cosine ends at 500K tokens, before its warm-up of 1M",
+        ),
+        (
+            vec![("/spec/training/schedule", json!({"wsd": {"warmupTokens": "1M", "decayTokens": "500K"}}))],
+            "spec.training.schedule.wsd.decayTokens: a warm-up of 1M and a decay of 500K tokens do not fit",
+        ),
+        (
+            vec![("/spec/training/schedule", json!({}))],
+            "spec.training.schedule: set exactly one of cosine, wsd and constant",
+        ),
+        (
+            vec![("/spec/training/schedule", json!({"cosine": {"minLearningRateRatio": 2.0}}))],
+            "spec.training.schedule.cosine.minLearningRateRatio: 2 is no share",
+        ),
+        (vec![("/spec/stages/0/tokens", json!(0))], "spec.stages[0].tokens: 0 tokens are no stage"),
+        (vec![("/spec/stages/1/tokens", json!("auto"))], "spec.stages[1].tokens: auto needs a later stage"),
+        (
+            vec![("/spec/stages/0/tokens", json!("9000000T")), ("/spec/stages/1/tokens", json!("9000000T"))],
+            "spec.stages: all stages together",
+        ),
+        (
+            vec![("/spec/stages/0/growth", json!({"operator": "Stack", "factor": 2}))],
+            "spec.stages[0].growth: the first stage has no stage to grow from",
+        ),
+        (
+            vec![("/spec/stages/1/growth", Value::Null)],
+            "spec.stages[1].growth: every stage after the first must grow",
+        ),
+        (
+            vec![("/spec/stages/1/initFrom", json!({"uri": "s3://b"}))],
+            "spec.stages[1].initFrom: only the first stage",
+        ),
+        (
+            vec![("/spec/stages/1/model", json!({"hiddenSize": 128}))],
+            "spec.stages[1].model.hiddenSize: a stage that grows keeps",
+        ),
+        (
+            vec![("/spec/stages/1/model", json!({"numHiddenLayers": 6}))],
+            "spec.stages[1].growth.factor: factor 4 makes 8 of 2 layers, but model.numHiddenLayers says 6",
+        ),
+        (
+            vec![("/spec/stages/1/growth/factor", Value::Null)],
+            "spec.stages[1].growth.factor: Stack needs to know how deep",
+        ),
+        (
+            vec![("/spec/stages/1/growth/factor", json!(1))],
+            "spec.stages[1].growth.factor: factor 1 does not grow",
+        ),
+        (
+            vec![("/spec/stages/1/growth/factor", json!(513))],
+            "spec.stages[1].growth.factor: 2 layers times 513 are more than 1024",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth/factor", Value::Null),
+                ("/spec/stages/1/model", json!({"numHiddenLayers": 5})),
+            ],
+            "spec.stages[1].model.numHiddenLayers: 5 layers are no multiple of the 2",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "Stack", "factor": 2, "layerMap": {"layers": [0]}}),
+            )],
+            "spec.stages[1].growth.layerMap: layerMap belongs to operator LayerMap",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LayerMap"}))],
+            "spec.stages[1].growth.layerMap: operator LayerMap needs layerMap",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LayerMap", "factor": 2, "layerMap": {"layers": [0]}}),
+            )],
+            "spec.stages[1].growth.factor: factor belongs to operator Stack",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {}}))],
+            "spec.stages[1].growth.layerMap: set exactly one",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {"layers": []}}))],
+            "spec.stages[1].growth.layerMap.layers: it lists 0 layers",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {"layers": [0, 2]}}))],
+            "spec.stages[1].growth.layerMap.layers: there is no layer 2; the source has 2 layers, 0 to 1",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {"pattern": "123"}}))],
+            "spec.stages[1].growth.layerMap.pattern: there is no layer 3; the source has 2 layers, 1 to 2",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {"pattern": "1a"}}))],
+            "spec.stages[1].growth.layerMap.pattern: \"1a\" is no part of a pattern",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {"pattern": "12*3"}})),
+                ("/spec/stages/1/model", json!({"numHiddenLayers": 8})),
+            ],
+            "spec.stages[1].growth.layerMap.pattern: it lists 6 layers, but model.numHiddenLayers says 8",
+        ),
+        (
+            vec![("/spec/checkpoint/everySeconds", json!(0))],
+            "spec.checkpoint.everySeconds: it must be at least 1",
+        ),
+        (vec![("/spec/checkpoint/keepLast", json!(0))], "spec.checkpoint.keepLast: at least 1"),
+        (
+            vec![("/spec/checkpoint/everyTokens", json!(0))],
+            "spec.checkpoint.everyTokens: 0 tokens are no distance",
+        ),
+        (
+            vec![("/spec/evaluation/everyTokens", json!(0))],
+            "spec.evaluation.everyTokens: 0 tokens are no distance",
+        ),
+        (
+            vec![("/spec/evaluation/tokens", json!(255))],
+            "spec.evaluation.tokens: 255 tokens are less than one sequence of 256",
+        ),
+    ];
+    for (edits, expected) in cases {
+        match plan(&edits) {
+            Ok(_) => panic!("{edits:?} resolved"),
+            Err(errors) => {
+                assert!(
+                    errors.iter().any(|error| error.contains(expected)),
+                    "{expected}\nnot in {errors:#?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn all_mistakes_are_found_in_one_pass_and_once() {
+    let errors = plan(&[
+        ("/spec/model/hiddenSize", Value::Null),
+        ("/spec/training/seed", json!(-1)),
+        ("/spec/stages/0/name", json!("UPPER")),
+        ("/spec/stages/1/initFrom", json!({"uri": "s3://b"})),
+        ("/spec/evaluation/tokens", json!(1)),
+    ])
+    .unwrap_err();
+    assert_eq!(errors.len(), 5, "{errors:#?}");
+}
+
+#[test]
+fn numbers_keep_every_bit_in_a_plan_file() {
+    for index in 1..20_000 {
+        let number = 1e17 / f64::from(index);
+        let read: f64 = serde_json::from_str(&serde_json::to_string(&number).unwrap()).unwrap();
+        assert_eq!(read.to_bits(), number.to_bits());
+    }
+}

@@ -1,0 +1,386 @@
+//! Finds, checks and loads checkpoints.
+
+use super::error::{CheckpointError, Result};
+use super::objects::{HashingReader, Problem, check_manifest, object_problem, verify, verify_objects};
+use super::tensor_file::{PIECE_BYTES, TensorPlace, read_header};
+use super::{
+    TRAINER_STATE_FILE, TrainerState, TrainingState, checkpoint_folder, folder_name, is_model_shard,
+    is_optimizer_shard, parse_folder_name, stage_folder,
+};
+use crate::model::layout::{ParameterLayout, ParameterTensor};
+use crate::storage::{Storage, StorageError};
+use growth_crds::protocol::{CheckpointManifest, CheckpointObject, MANIFEST_FILE, MANIFEST_VERSION};
+use std::collections::HashSet;
+
+/// Whether a checkpoint's folder is committed.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Commit {
+    /// It has no manifest: it is being written, or its writer died.
+    No,
+    /// It has a manifest that cannot be used, and why.
+    Damaged(String),
+    /// It has a manifest. Its objects were not looked at yet.
+    Yes(Box<CheckpointManifest>),
+}
+
+/// A checkpoint's folder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Found {
+    /// Optimizer steps done in the stage.
+    pub step: u64,
+    /// Attempt that wrote it.
+    pub attempt: u32,
+    /// Whether it is committed.
+    pub commit: Commit,
+}
+
+impl Found {
+    /// Name of the folder.
+    pub fn name(&self) -> String {
+        folder_name(self.step, self.attempt)
+    }
+
+    /// The manifest of a committed checkpoint.
+    pub fn committed(&self) -> Option<&CheckpointManifest> {
+        match &self.commit {
+            Commit::Yes(manifest) => Some(manifest),
+            _ => None,
+        }
+    }
+}
+
+/// The checkpoints of a stage, committed or not, in the order of (step, attempt).
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn list(storage: &Storage, job: &str, stage: &str) -> Result<Vec<Found>> {
+    let folder = stage_folder(storage, job, stage);
+    let mut names: Vec<(u64, u32)> = folder
+        .folders()?
+        .iter()
+        .filter_map(|name| parse_folder_name(name))
+        .collect();
+    names.sort_unstable();
+    let found = names.into_iter().map(|(step, attempt)| {
+        let commit = commit_of(&folder.join(&folder_name(step, attempt)), |manifest| {
+            (&*manifest.job, &*manifest.stage, manifest.step, manifest.attempt) == (job, stage, step, attempt)
+        })?;
+        Ok(Found {
+            step,
+            attempt,
+            commit,
+        })
+    });
+    found.collect()
+}
+
+/// One more than the largest attempt of the stage, committed or not: the number of the next one.
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn next_attempt(storage: &Storage, job: &str, stage: &str) -> Result<u32> {
+    let folders = stage_folder(storage, job, stage).folders()?;
+    let largest = folders
+        .iter()
+        .filter_map(|name| parse_folder_name(name))
+        .map(|(_, attempt)| attempt)
+        .max();
+    Ok(largest.map_or(1, |attempt| attempt.saturating_add(1)))
+}
+
+/// The manifest of a folder; `belongs` says whether the manifest is the one of this folder.
+pub(crate) fn commit_of(folder: &Storage, belongs: impl Fn(&CheckpointManifest) -> bool) -> Result<Commit> {
+    let bytes = match folder.get(MANIFEST_FILE) {
+        Ok(bytes) => bytes,
+        Err(StorageError::NotFound { .. }) => return Ok(Commit::No),
+        Err(error) => return Err(error.into()),
+    };
+    let manifest: CheckpointManifest = match serde_json::from_slice(&bytes) {
+        Ok(manifest) => manifest,
+        Err(error) => return Ok(Commit::Damaged(format!("its manifest cannot be read: {error}"))),
+    };
+    if manifest.version > MANIFEST_VERSION {
+        let version = manifest.version;
+        return Ok(Commit::Damaged(format!(
+            "it has version {version}; this program knows {MANIFEST_VERSION}"
+        )));
+    }
+    if !belongs(&manifest) {
+        return Ok(Commit::Damaged(
+            "its manifest is the one of another checkpoint".to_owned(),
+        ));
+    }
+    if manifest
+        .objects
+        .iter()
+        .any(|object| object.name.contains('/') || object.name.starts_with('.'))
+    {
+        return Ok(Commit::Damaged(
+            "its manifest names an object outside the folder".to_owned(),
+        ));
+    }
+    Ok(Commit::Yes(Box::new(manifest)))
+}
+
+/// The newest checkpoint of a stage whose manifest and objects are all good. Damaged ones are reported to `warn` and
+/// left alone.
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn latest_valid(
+    storage: &Storage,
+    job: &str,
+    stage: &str,
+    warn: &mut dyn FnMut(String),
+) -> Result<Option<CheckpointManifest>> {
+    let found = newest_first(storage, job, stage, warn, |folder, manifest| {
+        let problems = verify(folder, manifest)?;
+        match problems.into_iter().next() {
+            None => read_trainer_state(folder, manifest).map(drop),
+            Some(Problem { uri, problem }) => Err(CheckpointError::Damaged { uri, problem }),
+        }
+    })?;
+    Ok(found.map(|(manifest, ())| manifest))
+}
+
+/// The newest good checkpoint of a stage, loaded: [`latest_valid`] and [`load`] in one pass over its bytes.
+///
+/// # Errors
+/// When the storage does not answer, or the checkpoint is one of another model.
+pub fn resume(
+    storage: &Storage,
+    job: &str,
+    stage: &str,
+    layout: &ParameterLayout,
+    warn: &mut dyn FnMut(String),
+) -> Result<Option<(CheckpointManifest, TrainingState)>> {
+    newest_first(storage, job, stage, warn, |folder, manifest| {
+        load_from(folder, manifest, layout)
+    })
+}
+
+/// The newest checkpoint that `attempt` does not find damaged.
+fn newest_first<T>(
+    storage: &Storage,
+    job: &str,
+    stage: &str,
+    warn: &mut dyn FnMut(String),
+    attempt: impl Fn(&Storage, &CheckpointManifest) -> Result<T>,
+) -> Result<Option<(CheckpointManifest, T)>> {
+    let stage_folder = stage_folder(storage, job, stage);
+    for found in list(storage, job, stage)?.into_iter().rev() {
+        let folder = stage_folder.join(&found.name());
+        let skipped = |problem: &str| format!("skipped the checkpoint {}: {problem}", folder.uri());
+        match found.commit {
+            Commit::No => {}
+            Commit::Damaged(problem) => warn(skipped(&problem)),
+            Commit::Yes(manifest) => match attempt(&folder, &manifest) {
+                Ok(value) => return Ok(Some((*manifest, value))),
+                Err(error) if error.is_damage() => warn(skipped(&error.to_string())),
+                Err(error) => return Err(error),
+            },
+        }
+    }
+    Ok(None)
+}
+
+/// Loads a committed checkpoint and verifies what it reads.
+///
+/// # Errors
+/// When an object is damaged, or the tensors are not those of `layout`.
+pub fn load(
+    storage: &Storage,
+    manifest: &CheckpointManifest,
+    layout: &ParameterLayout,
+) -> Result<TrainingState> {
+    load_from(&checkpoint_folder(storage, manifest), manifest, layout)
+}
+
+fn load_from(
+    folder: &Storage,
+    manifest: &CheckpointManifest,
+    layout: &ParameterLayout,
+) -> Result<TrainingState> {
+    let (shards, others): (Vec<_>, Vec<_>) = manifest
+        .objects
+        .iter()
+        .partition(|object| is_model_shard(&object.name) || is_optimizer_shard(&object.name));
+    let problems = [
+        check_manifest(folder, manifest),
+        verify_objects(folder, &others, &|_| ())?,
+    ]
+    .concat();
+    if let Some(Problem { uri, problem }) = problems.into_iter().next() {
+        return Err(CheckpointError::Damaged { uri, problem });
+    }
+    let position = read_trainer_state(folder, manifest)?;
+    let mut loader = Loader::new(folder, layout);
+    loader.state.step = position.step;
+    loader.state.tokens = position.tokens;
+    loader.state.optimizer_step = position.optimizer_step;
+    for object in shards {
+        // A damaged header may look like a wrong model, so the digest has the first word on every error.
+        if let Err(error) = loader.object(object) {
+            return Err(damage_of(folder, object)?.unwrap_or(error));
+        }
+    }
+    loader.finish()
+}
+
+/// The damage of an object, if there is one.
+fn damage_of(folder: &Storage, object: &CheckpointObject) -> Result<Option<CheckpointError>> {
+    let problem = verify_objects(folder, &[object], &|_| ())?.into_iter().next();
+    Ok(problem.map(|Problem { uri, problem }| CheckpointError::Damaged { uri, problem }))
+}
+
+/// Reads and verifies `trainer_state.json`.
+pub(crate) fn read_trainer_state(folder: &Storage, manifest: &CheckpointManifest) -> Result<TrainerState> {
+    let uri = folder.uri_of(TRAINER_STATE_FILE);
+    let damaged = |problem: String| CheckpointError::Damaged {
+        uri: uri.clone(),
+        problem,
+    };
+    let Some(object) = manifest
+        .objects
+        .iter()
+        .find(|object| object.name == TRAINER_STATE_FILE)
+    else {
+        return Err(damaged("its manifest does not list it".to_owned()));
+    };
+    let bytes = folder.get(TRAINER_STATE_FILE)?;
+    if let Some(problem) = object_problem(object, bytes.len() as u64, &super::digest_bytes(&bytes)) {
+        return Err(damaged(problem));
+    }
+    let position: TrainerState =
+        serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    if (position.step, position.tokens) != (manifest.step, manifest.tokens) {
+        return Err(damaged(
+            "its step or tokens are not those of the manifest".to_owned(),
+        ));
+    }
+    Ok(position)
+}
+
+/// Which flat vector a tensor of a checkpoint belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+enum Part {
+    Parameters,
+    ExpAvg,
+    ExpAvgSq,
+}
+
+/// Fills a state object by object.
+struct Loader<'a> {
+    folder: &'a Storage,
+    layout: &'a ParameterLayout,
+    state: TrainingState,
+    seen: HashSet<(usize, Part)>,
+    piece: Vec<u8>,
+}
+
+impl<'a> Loader<'a> {
+    fn new(folder: &'a Storage, layout: &'a ParameterLayout) -> Self {
+        let state = TrainingState {
+            parameters: vec![0.0; layout.total_len()],
+            ..TrainingState::default()
+        };
+        Self {
+            folder,
+            layout,
+            state,
+            seen: HashSet::new(),
+            piece: Vec::new(),
+        }
+    }
+
+    /// Reads one object from front to back, and its digest with it.
+    fn object(&mut self, object: &CheckpointObject) -> Result<()> {
+        let tensors = read_header(self.folder, &object.name)?;
+        let mut reader = HashingReader::new(self.folder, &object.name)?;
+        let data: u64 = tensors
+            .iter()
+            .map(|(_, place)| place.bytes.end - place.bytes.start)
+            .sum();
+        let mut header = vec![0; (reader.bytes() - data) as usize];
+        reader.read_exact(&mut header)?;
+        for (name, place) in &tensors {
+            let (tensor, part) = self.place_of(&object.name, name)?;
+            if place.shape != tensor.shape {
+                return Err(CheckpointError::WrongShape {
+                    uri: self.folder.uri_of(&object.name),
+                    tensor: name.clone(),
+                    found: place.shape.clone(),
+                    expected: tensor.shape.clone(),
+                });
+            }
+            self.seen.insert((tensor.offset, part));
+            self.tensor(&mut reader, place, tensor, part)?;
+        }
+        match object_problem(object, reader.bytes(), &reader.digest()) {
+            None => Ok(()),
+            Some(problem) => Err(CheckpointError::Damaged {
+                uri: self.folder.uri_of(&object.name),
+                problem,
+            }),
+        }
+    }
+
+    /// The layout's tensor and the vector that `name` of an object means.
+    fn place_of(&self, object: &str, name: &str) -> Result<(&'a ParameterTensor, Part)> {
+        let (tensor, part) = match name.rsplit_once('/') {
+            Some((tensor, "exp_avg")) => (tensor, Part::ExpAvg),
+            Some((tensor, "exp_avg_sq")) => (tensor, Part::ExpAvgSq),
+            _ => (name, Part::Parameters),
+        };
+        let tensor = self
+            .layout
+            .find(tensor)
+            .ok_or_else(|| CheckpointError::UnknownTensor {
+                uri: self.folder.uri_of(object),
+                tensor: name.to_owned(),
+            })?;
+        Ok((tensor, part))
+    }
+
+    fn tensor(
+        &mut self,
+        reader: &mut HashingReader,
+        place: &TensorPlace,
+        tensor: &ParameterTensor,
+        part: Part,
+    ) -> Result<()> {
+        let vector = match part {
+            Part::Parameters => &mut self.state.parameters,
+            Part::ExpAvg => &mut self.state.exp_avg,
+            Part::ExpAvgSq => &mut self.state.exp_avg_sq,
+        };
+        vector.resize(self.layout.total_len(), 0.0);
+        let width = place.number_type.bytes();
+        for numbers in vector[tensor.range()].chunks_mut(PIECE_BYTES / width) {
+            self.piece.resize(numbers.len() * width, 0);
+            reader.read_exact(&mut self.piece)?;
+            place.number_type.decode(&self.piece, numbers);
+        }
+        Ok(())
+    }
+
+    /// The state, when every tensor was there; moments may be absent altogether.
+    fn finish(self) -> Result<TrainingState> {
+        let mut parts = vec![(Part::Parameters, "")];
+        if !self.state.exp_avg.is_empty() || !self.state.exp_avg_sq.is_empty() {
+            parts.extend([(Part::ExpAvg, "/exp_avg"), (Part::ExpAvgSq, "/exp_avg_sq")]);
+        }
+        for tensor in self.layout.tensors() {
+            for (part, suffix) in &parts {
+                if !self.seen.contains(&(tensor.offset, *part)) {
+                    return Err(CheckpointError::MissingTensor {
+                        uri: self.folder.uri().to_owned(),
+                        tensor: format!("{}{suffix}", tensor.name),
+                        expected: tensor.shape.clone(),
+                    });
+                }
+            }
+        }
+        Ok(self.state)
+    }
+}

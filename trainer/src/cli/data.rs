@@ -1,0 +1,98 @@
+//! `growth-trainer data`
+
+use super::{End, Options, load_job, plan::find_stage, print_json};
+use comfy_table::{Table, presets};
+use growth_trainer::data::{Dataset, TrainingOrder};
+use growth_trainer::job;
+use growth_trainer::progress::{bytes, count};
+use safetensors::tensor::{Dtype, TensorView};
+use std::path::PathBuf;
+
+/// What to do with data.
+#[derive(clap::Subcommand)]
+pub enum Command {
+    /// Read the sources, train the tokenizer if the job asks for it, and write token shards; done once
+    Prepare {
+        /// Manifest of the job
+        job: PathBuf,
+    },
+    /// Write the tokens that a stage trains on, step by step, as safetensors: inputs and targets, int32
+    /// [steps, sequences, sequence length]
+    Batches {
+        /// Manifest of the job
+        job: PathBuf,
+        /// Name of the stage
+        #[arg(long)]
+        stage: String,
+        /// Steps to write. Default: all of the stage
+        #[arg(long)]
+        steps: Option<u64>,
+        /// File to write
+        #[arg(long)]
+        out: PathBuf,
+    },
+}
+
+/// Prepares data or writes batches.
+pub fn run(command: &Command, options: &Options) -> anyhow::Result<End> {
+    match command {
+        Command::Prepare { job } => prepare(job, options),
+        Command::Batches { job, stage, steps, out } => batches(job, stage, *steps, out, options),
+    }
+}
+
+fn open(path: &std::path::Path, options: &Options) -> anyhow::Result<(growth_trainer::job_file::LoadedJob, Dataset)> {
+    let loaded = load_job(path)?;
+    let storage = job::open_storage(&loaded.job.spec.storage)?;
+    let dataset = job::prepare_data(&loaded.plan, &storage, &mut options.reporter())?;
+    Ok((loaded, dataset))
+}
+
+fn prepare(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
+    let (_, dataset) = open(path, options)?;
+    if options.json {
+        print_json(&serde_json::json!({ "digest": dataset.digest(), "parts": dataset.parts().collect::<Vec<_>>() }))?;
+        return Ok(End::Done);
+    }
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(["PART", "DOCUMENTS", "TEXT", "TOKENS", "BYTES/TOKEN", "SKIPPED"]);
+    for part in dataset.parts() {
+        table.add_row([
+            part.uri.clone(),
+            part.documents.to_string(),
+            bytes(part.bytes),
+            count(part.tokens as f64),
+            format!("{:.2}", part.bytes as f64 / part.tokens.max(1) as f64),
+            part.skipped.to_string(),
+        ]);
+    }
+    println!("{table}\n\nvocabulary {}, dataset {}", dataset.tokenizer().vocab_size(), dataset.digest());
+    Ok(End::Done)
+}
+
+fn batches(
+    path: &std::path::Path,
+    stage: &str,
+    steps: Option<u64>,
+    out: &std::path::Path,
+    options: &Options,
+) -> anyhow::Result<End> {
+    let (loaded, dataset) = open(path, options)?;
+    let plan = find_stage(&loaded.plan, stage)?;
+    let training = &plan.training;
+    let steps = steps.unwrap_or(plan.steps).min(plan.steps) as usize;
+    let (batch, sequence) = (training.global_batch_tokens as usize, training.sequence_length as usize);
+    let order = TrainingOrder::new(&dataset, &plan.data.train, training.sequence_length, training.seed)?;
+    let (mut inputs, mut targets) = (vec![0u32; steps * batch], vec![0u32; steps * batch]);
+    let first_sample = plan.first_token / sequence as u64;
+    dataset.batch(&order, first_sample, &mut inputs, &mut targets)?;
+    let shape = vec![steps, batch / sequence, sequence];
+    // Token ids fit an int32, and as one they have the same bits.
+    let tensors = [
+        ("inputs", TensorView::new(Dtype::I32, shape.clone(), bytemuck::cast_slice(&inputs))?),
+        ("targets", TensorView::new(Dtype::I32, shape.clone(), bytemuck::cast_slice(&targets))?),
+    ];
+    safetensors::serialize_to_file(tensors, None, out)?;
+    Ok(End::Done)
+}

@@ -1,0 +1,197 @@
+//! Arguments, exit codes, and one file for each command.
+
+mod checkpoint;
+mod data;
+mod eval;
+mod generate;
+mod grow;
+mod init;
+mod plan;
+mod report;
+mod run;
+mod train;
+
+use anyhow::Context;
+use clap::{Parser, Subcommand};
+use growth_trainer::checkpoint::CheckpointError;
+use growth_trainer::data::DataError;
+use growth_trainer::growth::GrowthError;
+use growth_trainer::job::JobError;
+use growth_trainer::job_file::{JobFileError, LoadedJob};
+use growth_trainer::progress::Reporter;
+use growth_trainer::training::stage::TrainError;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+/// Exit code of a job that was asked to stop and can go on.
+const EXIT_STOPPED: u8 = 130;
+/// Exit code of input that cannot work, found before any work.
+const EXIT_BAD_INPUT: u8 = 2;
+/// Exit code of everything else that went wrong.
+const EXIT_FAILED: u8 = 1;
+
+/// Trains a small language model, grows it, and goes on training the large one.
+///
+/// A job is one file, the same GrowthTrainingJob that the Kubernetes operator takes. Start with
+///
+///     growth-trainer run examples/laptop.yaml
+///
+/// which needs no cluster, no GPU and no download. Stop it whenever you like; the same command goes on where it
+/// stopped, and ends in the same bits.
+#[derive(Parser)]
+#[command(name = "growth-trainer", version, verbatim_doc_comment)]
+struct Arguments {
+    #[command(flatten)]
+    options: Options,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Options of every command.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Threads to compute with; results do not depend on it. Default: one a core
+    #[arg(long, global = true, env = "GROWTH_THREADS")]
+    threads: Option<usize>,
+    /// Answer in JSON on standard output, and show no progress
+    #[arg(long, global = true)]
+    json: bool,
+    /// Show no progress
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a whole job on this machine, or go on with it
+    Run(run::Arguments),
+    /// Show what a job will do and what it costs; check it for errors
+    Plan(plan::Arguments),
+    /// Prepare the data of a job, or look at it
+    #[command(subcommand)]
+    Data(data::Command),
+    /// Write the random first weights of a stage as a Hugging Face folder
+    Init(init::Arguments),
+    /// Train one stage from a plan file: what a trainer pod runs
+    Train(train::Arguments),
+    /// Grow a checkpoint into the first one of a larger model
+    Grow(grow::Arguments),
+    /// Measure loss and perplexity of a checkpoint on a text
+    Eval(eval::Arguments),
+    /// Let a checkpoint write
+    Generate(generate::Arguments),
+    /// Make the table and the plots of a job again from its storage
+    Report(report::Arguments),
+    /// List or verify checkpoints
+    #[command(subcommand)]
+    Checkpoint(checkpoint::Command),
+}
+
+/// What a command ended with.
+pub enum End {
+    /// It did what it was asked to.
+    Done,
+    /// It was stopped and can go on.
+    Stopped,
+    /// It found something wrong and has said so.
+    Failed,
+}
+
+/// Parses the arguments, runs the command, and turns its end into an exit code.
+pub fn main() -> ExitCode {
+    let Arguments { options, command } = Arguments::parse();
+    match start(&options).and_then(|()| command.run(&options)) {
+        Ok(End::Done) => ExitCode::SUCCESS,
+        Ok(End::Stopped) => ExitCode::from(EXIT_STOPPED),
+        Ok(End::Failed) => ExitCode::from(EXIT_FAILED),
+        Err(error) => {
+            eprintln!("error: {}", message(&error));
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+impl Command {
+    fn run(self, options: &Options) -> anyhow::Result<End> {
+        match self {
+            Self::Run(arguments) => run::run(&arguments, options),
+            Self::Plan(arguments) => plan::run(&arguments, options),
+            Self::Data(command) => data::run(&command, options),
+            Self::Init(arguments) => init::run(&arguments, options),
+            Self::Train(arguments) => train::run(&arguments, options),
+            Self::Grow(arguments) => grow::run(&arguments, options),
+            Self::Eval(arguments) => eval::run(&arguments, options),
+            Self::Generate(arguments) => generate::run(&arguments, options),
+            Self::Report(arguments) => report::run(&arguments, options),
+            Self::Checkpoint(command) => checkpoint::run(&command, options),
+        }
+    }
+}
+
+fn start(options: &Options) -> anyhow::Result<()> {
+    // The first provider wins; there is no other in this program.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut pool = rayon::ThreadPoolBuilder::new().thread_name(|index| format!("compute-{index}"));
+    if let Some(threads) = options.threads {
+        pool = pool.num_threads(threads);
+    }
+    pool.build_global().context("cannot start the compute threads")
+}
+
+impl Options {
+    /// Progress for people, unless they asked for none.
+    fn reporter(&self) -> Reporter {
+        if self.json || self.quiet { Reporter::quiet() } else { Reporter::for_people() }
+    }
+}
+
+/// Reads and checks a job file.
+fn load_job(path: &Path) -> Result<LoadedJob, JobFileError> {
+    growth_trainer::job_file::load(path)
+}
+
+/// A flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
+fn stop_flag() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let second = i32::from(EXIT_STOPPED);
+        signal_hook::flag::register_conditional_shutdown(signal, second, Arc::clone(&stop))?;
+        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+    }
+    Ok(stop)
+}
+
+/// The error and its causes in one text, without repeating a cause that its parent already prints.
+fn message(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain() {
+        let cause = cause.to_string();
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
+/// What a person can mend in the input is [`EXIT_BAD_INPUT`]: a controller then knows that a retry cannot help.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let bad_input = error.chain().any(|cause| {
+        cause.is::<JobFileError>()
+            || cause.downcast_ref().is_some_and(JobError::is_input_error)
+            || cause.downcast_ref().is_some_and(TrainError::is_input_error)
+            || cause.downcast_ref().is_some_and(GrowthError::is_input_error)
+            || cause.downcast_ref().is_some_and(CheckpointError::is_input_error)
+            || cause.downcast_ref().is_some_and(DataError::is_input_error)
+    });
+    if bad_input { EXIT_BAD_INPUT } else { EXIT_FAILED }
+}
+
+/// Prints an answer as JSON.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    println!("{}", serde_json::to_string_pretty(value)?);
+    Ok(())
+}

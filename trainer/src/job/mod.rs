@@ -1,0 +1,223 @@
+//! A whole job on one machine: the walk over data, stages and growth steps that the operator does on a cluster, in
+//! this process, over the same storage.
+
+mod record;
+
+use crate::checkpoint::{self, CheckpointLocation};
+use crate::data::{self, Dataset, Verification};
+use crate::growth::{self, GrowthTarget};
+use crate::job_file::{LoadedJob, Problem};
+use crate::progress::{Reporter, Unit};
+use crate::report::StageReport;
+use crate::storage::{Storage, StorageOptions};
+use crate::training::history::History;
+use crate::training::stage::{self, StageEnd, StageInputs, TrainError, read_history};
+use growth_crds::plan::{GrowthPlan, JobPlan, StagePlan, StageStart};
+use growth_crds::protocol::CheckpointManifest;
+use growth_crds::spec::storage::StorageSpec;
+use std::cell::RefCell;
+use std::sync::atomic::AtomicBool;
+
+pub use record::{JobRecord, pinned_dataset};
+
+/// Why a job stopped.
+#[derive(thiserror::Error, Debug)]
+pub enum JobError {
+    /// Storage.
+    #[error(transparent)]
+    Storage(#[from] crate::storage::StorageError),
+    /// Data.
+    #[error(transparent)]
+    Data(#[from] data::DataError),
+    /// Checkpoints.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::CheckpointError),
+    /// Training.
+    #[error(transparent)]
+    Train(#[from] TrainError),
+    /// Growth.
+    #[error(transparent)]
+    Growth(#[from] growth::GrowthError),
+    /// The storage holds another job of this name, or one that may not change so.
+    #[error("{uri} holds this job already, and {}", describe(.problems))]
+    Changed {
+        /// The job's record.
+        uri: String,
+        /// What may not change.
+        problems: Vec<Problem>,
+    },
+    /// A record of the job cannot be read.
+    #[error("{uri} cannot be read: {reason}; restore it, or name the job differently")]
+    Record {
+        /// The record.
+        uri: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl JobError {
+    /// Whether the job or its files are at fault, so that trying again cannot help.
+    pub fn is_input_error(&self) -> bool {
+        match self {
+            Self::Storage(error) => matches!(error, crate::storage::StorageError::Address { .. }),
+            Self::Data(error) => error.is_input_error(),
+            Self::Checkpoint(error) => error.is_input_error(),
+            Self::Train(error) => error.is_input_error(),
+            Self::Growth(error) => error.is_input_error(),
+            Self::Changed { .. } => true,
+            Self::Record { .. } => false,
+        }
+    }
+}
+
+fn describe(problems: &[Problem]) -> String {
+    let texts: Vec<String> = problems
+        .iter()
+        .map(|problem| format!("{} may not change: {}", problem.field, problem.message))
+        .collect();
+    texts.join("; ")
+}
+
+/// Result of a job step.
+pub type Result<T> = std::result::Result<T, JobError>;
+
+/// How a run of a job ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JobEnd {
+    /// Every stage is trained.
+    Finished,
+    /// Every stage had been trained before: nothing was done.
+    AlreadyFinished,
+    /// It was asked to stop, and the next run goes on from there.
+    Stopped,
+}
+
+/// Opens the storage of a job.
+///
+/// # Errors
+/// When the address cannot be understood.
+pub fn open_storage(spec: &StorageSpec) -> Result<Storage> {
+    Ok(Storage::open(&spec.uri, &storage_options(spec))?)
+}
+
+/// How sources and storage are reached.
+pub fn storage_options(spec: &StorageSpec) -> StorageOptions {
+    StorageOptions { endpoint: spec.endpoint.clone(), region: spec.region.clone() }
+}
+
+/// Runs a job to its end, or goes on where an earlier run stopped.
+///
+/// # Errors
+/// Whatever stops it; everything committed before stays good.
+pub fn run(loaded: &LoadedJob, stop: &AtomicBool, reporter: &mut Reporter) -> Result<JobEnd> {
+    let plan = &loaded.plan;
+    let storage = open_storage(&loaded.job.spec.storage)?;
+    JobRecord::check_and_store(&storage, &loaded.job)?;
+    for note in &plan.notes {
+        reporter.note(&format!("note: {note}"));
+    }
+    if let Some(last) = plan.stages.last()
+        && finished(&storage, last, reporter)?.is_some()
+    {
+        return Ok(JobEnd::AlreadyFinished);
+    }
+    let dataset = prepare_data(plan, &storage, reporter)?;
+    for (index, stage) in plan.stages.iter().enumerate() {
+        if finished(&storage, stage, reporter)?.is_some() {
+            continue;
+        }
+        if let (StageStart::Growth(growth), Some(before)) = (&stage.start, index.checked_sub(1)) {
+            grow(&storage, &plan.stages[before], stage, growth, reporter)?;
+        }
+        let inputs = StageInputs { plan: stage, storage: &storage, dataset: &dataset, stop };
+        if let StageEnd::Stopped(_) = stage::train(&inputs, reporter)? {
+            return Ok(JobEnd::Stopped);
+        }
+    }
+    Ok(JobEnd::Finished)
+}
+
+/// The last checkpoint of a stage that has trained all its tokens.
+fn finished(storage: &Storage, stage: &StagePlan, reporter: &Reporter) -> Result<Option<CheckpointManifest>> {
+    let mut warn = |text: String| reporter.note(&format!("warning: {text}"));
+    let newest = checkpoint::latest_valid(storage, &stage.job, &stage.stage, &mut warn)?;
+    Ok(newest.filter(|manifest| manifest.step >= stage.steps))
+}
+
+/// The job's prepared data: the dataset that an earlier run pinned, or one prepared now. Once pinned, changed
+/// source files change nothing for this job.
+///
+/// # Errors
+/// When sources or storage cannot be read.
+pub fn prepare_data(plan: &JobPlan, storage: &Storage, reporter: &mut Reporter) -> Result<Dataset> {
+    if let Some(digest) = pinned_dataset(storage, &plan.job)? {
+        return Ok(Dataset::open(storage, &digest, Verification::Content)?);
+    }
+    let Some(first) = plan.stages.first() else {
+        return Err(JobError::Record { uri: plan.job.clone(), reason: "the job has no stages".to_owned() });
+    };
+    reporter.begin("data", Unit::Bytes, 0, 0);
+    let shown = RefCell::new(&mut *reporter);
+    let dataset = data::prepare(&first.data, storage, &storage_options(&first.storage), first.training.seed, &|p| {
+        shown.borrow_mut().advance(p.bytes_done, p.bytes_total, p.phase.to_string());
+    })?;
+    reporter.finish();
+    record::pin_dataset(storage, &plan.job, dataset.digest())?;
+    Ok(dataset)
+}
+
+/// Makes the first checkpoint of `stage` from the last one of `before`, unless it is there.
+fn grow(
+    storage: &Storage,
+    before: &StagePlan,
+    stage: &StagePlan,
+    growth: &GrowthPlan,
+    reporter: &mut Reporter,
+) -> Result<()> {
+    if checkpoint::list(storage, &stage.job, &stage.stage)?.iter().any(|found| found.committed().is_some()) {
+        return Ok(());
+    }
+    let Some(source) = finished(storage, before, reporter)? else {
+        let (stage, from) = (stage.stage.clone(), before.stage.clone());
+        return Err(TrainError::NotGrown { stage, from }.into());
+    };
+    let location = CheckpointLocation {
+        storage: storage.clone(),
+        job: stage.job.clone(),
+        stage: stage.stage.clone(),
+        attempt: checkpoint::next_attempt(storage, &stage.job, &stage.stage)?,
+    };
+    reporter.begin("growth", Unit::Bytes, 0, 0);
+    let detail = format!("{:?} {} -> {} layers", growth.operator, before.model.num_hidden_layers, stage.model.num_hidden_layers);
+    let folder = checkpoint::checkpoint_folder(storage, &source);
+    growth::grow(&folder, Some(&before.model), growth, &GrowthTarget::Stage(location), &[], &mut |done, total| {
+        reporter.advance(done, total, detail.clone());
+    })?;
+    reporter.finish();
+    Ok(())
+}
+
+/// What the storage knows of every stage of a job.
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn report(plan: &JobPlan, storage: &Storage) -> Result<Vec<StageReport>> {
+    let mut flops_before = 0.0;
+    let mut stages = Vec::new();
+    for stage in &plan.stages {
+        let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
+        let newest = found.iter().rev().find_map(|found| found.committed());
+        let (tokens, history, folder) = match newest {
+            Some(manifest) => {
+                let folder = checkpoint::checkpoint_folder(storage, manifest).uri().to_owned();
+                (manifest.tokens, read_history(storage, manifest)?, Some(folder))
+            }
+            None => (0, History::default(), None),
+        };
+        let report = StageReport::new(stage, tokens, &history, flops_before, folder);
+        flops_before += report.flops;
+        stages.push(report);
+    }
+    Ok(stages)
+}

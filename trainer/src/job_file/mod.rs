@@ -1,0 +1,126 @@
+//! Reads a job file and checks it as an API server would, without one: the CRD's schema, its CEL rules, then the
+//! plan. Every problem comes with its field path and its line and column.
+
+mod position;
+mod schema;
+
+use growth_crds::plan::{self, JobPlan};
+use growth_crds::spec::GrowthTrainingJob;
+use kube::CustomResourceExt;
+use position::Positions;
+use serde_json::Value;
+use std::fmt;
+use std::path::Path;
+
+/// A job that passed every check that needs no network.
+#[derive(Debug)]
+pub struct LoadedJob {
+    /// The object.
+    pub job: GrowthTrainingJob,
+    /// What it resolves to.
+    pub plan: JobPlan,
+}
+
+/// One thing that is wrong with a job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// Path of the field: `spec.stages[1].growth.factor`; empty for the whole file.
+    pub field: String,
+    /// What is wrong and what to do.
+    pub message: String,
+    /// Line and column, from 1.
+    pub position: Option<(usize, usize)>,
+}
+
+/// A job file that cannot be used.
+#[derive(thiserror::Error, Debug)]
+pub struct JobFileError {
+    /// The file.
+    pub file: String,
+    /// Everything that was found, at least one.
+    pub problems: Vec<Problem>,
+}
+
+impl fmt::Display for JobFileError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, problem) in self.problems.iter().enumerate() {
+            let line_break = if index == 0 { "" } else { "\n" };
+            write!(f, "{line_break}{}", self.file)?;
+            if let Some((line, column)) = problem.position {
+                write!(f, ":{line}:{column}")?;
+            }
+            let separator = if problem.field.is_empty() { "" } else { ": " };
+            write!(f, "{separator}{}: {}", problem.field, problem.message)?;
+        }
+        Ok(())
+    }
+}
+
+/// Reads and checks the job in `path`.
+///
+/// # Errors
+/// All problems of the first check that finds any.
+pub fn load(path: &Path) -> Result<LoadedJob, JobFileError> {
+    let file = path.display().to_string();
+    let text = std::fs::read_to_string(path).map_err(|error| {
+        let message = format!("cannot be read ({error}); name a GrowthTrainingJob manifest");
+        JobFileError { file: file.clone(), problems: vec![Problem::of_file(message)] }
+    })?;
+    parse(&text).map_err(|problems| JobFileError { file, problems })
+}
+
+/// Checks the job in `text`.
+fn parse(text: &str) -> Result<LoadedJob, Vec<Problem>> {
+    let positions = Positions::of(text).map_err(|problem| vec![problem])?;
+    let place = |problems: Vec<Problem>| problems.into_iter().map(|p| positions.place(p)).collect::<Vec<_>>();
+    let job = admit(text).map_err(place)?;
+    let name = job.metadata.name.clone().unwrap_or_default();
+    let plan = plan::resolve(&name, &job.spec).map_err(|errors| {
+        place(errors.into_iter().map(|error| Problem::of_field(error.field, error.message)).collect())
+    })?;
+    Ok(LoadedJob { job, plan })
+}
+
+/// The schema and the CEL rules of the CRD.
+fn admit(text: &str) -> Result<GrowthTrainingJob, Vec<Problem>> {
+    let value: Value =
+        serde_saphyr::from_str(text).map_err(|error| vec![Problem::of_file(error.to_string())])?;
+    let problems = schema::check(&value);
+    if !problems.is_empty() {
+        return Err(problems);
+    }
+    let job: GrowthTrainingJob = serde_path_to_error::deserialize(&value).map_err(|error| {
+        vec![Problem::of_field(error.path().to_string(), error.inner().to_string())]
+    })?;
+    job.validate_cel().map_err(cel_problems)?;
+    Ok(job)
+}
+
+/// Checks a changed job against the one that is stored: what may change while it runs, the transition rules say.
+///
+/// # Errors
+/// One problem for each rule that refuses the change.
+pub fn check_update(job: &GrowthTrainingJob, stored: &GrowthTrainingJob) -> Result<(), Vec<Problem>> {
+    job.validate_cel_update(stored).map_err(cel_problems)
+}
+
+fn cel_problems(errors: kube::core::cel::ValidationErrors) -> Vec<Problem> {
+    errors.into_vec().into_iter().map(|error| Problem::of_field(error.field_path, error.message)).collect()
+}
+
+impl Problem {
+    fn of_file(message: String) -> Self {
+        Self { field: String::new(), message, position: None }
+    }
+
+    fn of_field(field: String, message: String) -> Self {
+        Self { field, message, position: None }
+    }
+}
+
+/// The schema of the API, as the CRD states it.
+fn crd_schema() -> Value {
+    let crd = GrowthTrainingJob::crd();
+    let schema = crd.spec.versions.first().and_then(|version| version.schema.as_ref());
+    schema.and_then(|schema| serde_json::to_value(&schema.open_api_v3_schema).ok()).unwrap_or_default()
+}

@@ -1,0 +1,16 @@
+//! Trains LLaMA models, grows them and goes on training, bit-reproducibly.
+
+pub mod checkpoint;
+pub mod data;
+pub mod growth;
+pub mod inference;
+pub mod job;
+pub mod job_file;
+pub mod model;
+pub mod ops;
+pub mod progress;
+pub mod random;
+pub mod report;
+pub mod storage;
+pub mod tokenizer;
+pub mod training;

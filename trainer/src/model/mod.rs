@@ -1,0 +1,7 @@
+//! The LLaMA: its parameters, its activations, its forward and backward pass.
+
+pub mod activations;
+pub mod block;
+pub mod initializer;
+pub mod layout;
+pub mod llama;

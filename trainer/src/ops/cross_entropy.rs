@@ -1,0 +1,90 @@
+//! Output head and cross-entropy together, in chunks of rows, so that the logits of the batch never exist at once:
+//! `logits = hidden W^T`, `loss[r] = log(sum(exp(logits[r]))) - logits[r][target[r]]`.
+
+use crate::ops::gemm::{Matrix, MatrixMut, Output, gemm};
+use crate::ops::vector;
+use rayon::prelude::*;
+
+/// Rows whose logits exist at a time. Part of the order of summation of the head's gradient.
+pub const CHUNK_ROWS: usize = 256;
+
+/// Rows that one task normalises.
+const TASK_ROWS: usize = 8;
+
+/// `losses` [rows] from `hidden` [rows, hidden] and the head `weight` [vocab, hidden]. `logits` is scratch of
+/// [[`CHUNK_ROWS`], vocab].
+pub fn forward(
+    losses: &mut [f32],
+    logits: &mut [f32],
+    hidden: &[f32],
+    weight: Matrix<'_>,
+    targets: &[u32],
+    vocab: usize,
+) {
+    let width = hidden.len() / targets.len();
+    let chunks = losses.chunks_mut(CHUNK_ROWS).zip(targets.chunks(CHUNK_ROWS)).zip(hidden.chunks(CHUNK_ROWS * width));
+    for ((losses, targets), hidden) in chunks {
+        let logits = &mut logits[..targets.len() * vocab];
+        let hidden = Matrix::new(hidden, targets.len(), width);
+        gemm(MatrixMut::new(logits, targets.len(), vocab), hidden, weight.t(), Output::Overwrite);
+        normalise(losses, logits, targets, vocab, 0.0);
+    }
+}
+
+/// As [`forward`], and overwrites `d_hidden` [rows, hidden] and `d_weight` [vocab, hidden] with the gradients of
+/// `scale * sum(losses)`.
+#[expect(clippy::too_many_arguments, reason = "three outputs, one scratch, four inputs")]
+pub fn forward_backward(
+    losses: &mut [f32],
+    d_hidden: &mut [f32],
+    d_weight: &mut [f32],
+    logits: &mut [f32],
+    hidden: &[f32],
+    weight: Matrix<'_>,
+    targets: &[u32],
+    scale: f32,
+) {
+    let width = hidden.len() / targets.len();
+    let vocab = d_weight.len() / width;
+    let mut output = Output::Overwrite;
+    for (chunk, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
+        let (first, rows) = (chunk * CHUNK_ROWS, targets.len());
+        let logits = &mut logits[..rows * vocab];
+        let hidden = Matrix::new(&hidden[first * width..], rows, width);
+        gemm(MatrixMut::new(logits, rows, vocab), hidden, weight.t(), Output::Overwrite);
+        normalise(&mut losses[first..first + rows], logits, targets, vocab, scale);
+        let d_logits = Matrix::new(logits, rows, vocab);
+        let d_hidden = MatrixMut::new(&mut d_hidden[first * width..(first + rows) * width], rows, width);
+        gemm(d_hidden, d_logits, weight, Output::Overwrite);
+        gemm(MatrixMut::new(d_weight, vocab, width), d_logits.t(), hidden, output);
+        output = Output::Accumulate;
+    }
+}
+
+/// Losses of a chunk; with a scale that is not 0, logits become `scale * (softmax - one-hot target)` in place.
+fn normalise(losses: &mut [f32], logits: &mut [f32], targets: &[u32], vocab: usize, scale: f32) {
+    (losses.par_chunks_mut(TASK_ROWS), logits.par_chunks_mut(TASK_ROWS * vocab), targets.par_chunks(TASK_ROWS))
+        .into_par_iter()
+        .for_each(|(losses, logits, targets)| {
+            for ((loss, logits), &target) in losses.iter_mut().zip(logits.chunks_exact_mut(vocab)).zip(targets) {
+                *loss = normalise_row(logits, target as usize, scale);
+            }
+        });
+}
+
+fn normalise_row(logits: &mut [f32], target: usize, scale: f32) -> f32 {
+    let max = vector::max(logits);
+    let target_logit = logits[target] - max;
+    for logit in logits.iter_mut() {
+        *logit = vector::exp(*logit - max);
+    }
+    let sum = vector::sum(logits);
+    if scale != 0.0 {
+        let factor = scale / sum;
+        for logit in logits.iter_mut() {
+            *logit *= factor;
+        }
+        logits[target] -= scale;
+    }
+    libm::logf(sum) - target_logit
+}

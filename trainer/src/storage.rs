@@ -1,0 +1,492 @@
+//! Object storage, seen from the synchronous training code: a local folder and a bucket through one path.
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt};
+use object_store::local::LocalFileSystem;
+use object_store::path::Path;
+use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::{Arc, OnceLock};
+use tokio::runtime::Runtime;
+use url::Url;
+
+/// Bytes of one part of a streamed upload, and of one ranged read of a streamed download.
+const PART_BYTES: usize = 8 << 20;
+
+/// Parts of a streamed upload in flight.
+const PARTS_IN_FLIGHT: usize = 4;
+
+/// What can go wrong with object storage; the message names the object.
+#[derive(thiserror::Error, Debug)]
+pub enum StorageError {
+    /// The address itself is wrong.
+    #[error("{uri}: {reason}")]
+    Address {
+        /// The address as written.
+        uri: String,
+        /// What is wrong and what to do.
+        reason: String,
+    },
+    /// The object does not exist.
+    #[error("{uri} does not exist")]
+    NotFound {
+        /// The object.
+        uri: String,
+    },
+    /// A create-only put met another object.
+    #[error("{uri} already exists with other content")]
+    AlreadyExists {
+        /// The object.
+        uri: String,
+    },
+    /// The store said no, or could not be reached.
+    #[error("{uri}: {source}")]
+    Store {
+        /// The object.
+        uri: String,
+        /// What the store said.
+        source: object_store::Error,
+    },
+}
+
+/// Result of a storage operation.
+pub type Result<T> = std::result::Result<T, StorageError>;
+
+/// Where a store is, beyond its URI.
+#[derive(Debug, Clone, Default)]
+pub struct StorageOptions {
+    /// Endpoint of an S3-compatible server.
+    pub endpoint: Option<String>,
+    /// Region of the bucket.
+    pub region: Option<String>,
+}
+
+/// A prefix in an object store. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Storage {
+    store: Arc<dyn ObjectStore>,
+    prefix: Path,
+    uri: String,
+    local: Option<Arc<LocalFileSystem>>,
+}
+
+/// One object below a prefix.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Name relative to the prefix.
+    pub name: String,
+    /// Size in bytes.
+    pub bytes: u64,
+    /// ETag where the store has one, else the time of modification: changes when the content does.
+    pub version: String,
+}
+
+fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    #[expect(clippy::expect_used, reason = "a process that cannot start threads cannot do anything")]
+    RUNTIME.get_or_init(|| {
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("storage")
+            .enable_all()
+            .build()
+            .expect("the storage threads start")
+    })
+}
+
+/// The folder that a `file://` URI means: `~/` is the home folder, a relative path starts at the current folder.
+///
+/// # Errors
+/// When there is no home folder to expand.
+pub fn local_path(uri: &str) -> Result<PathBuf> {
+    let path = uri.strip_prefix("file://").unwrap_or(uri);
+    let path = match path.strip_prefix("~/") {
+        Some(rest) => std::env::home_dir()
+            .ok_or_else(|| StorageError::Address {
+                uri: uri.to_owned(),
+                reason: "there is no home folder; write the whole path".to_owned(),
+            })?
+            .join(rest),
+        None => PathBuf::from(path),
+    };
+    std::path::absolute(&path)
+        .map_err(|error| StorageError::Address { uri: uri.to_owned(), reason: error.to_string() })
+}
+
+impl Storage {
+    /// Opens `file://`, `s3://`, `gs://`, `az://` or `http(s)://`, or a bare path. Credentials come from the usual
+    /// environment variables. Folders of a `file://` URI are made when something is written.
+    ///
+    /// # Errors
+    /// When the address cannot be understood.
+    pub fn open(uri: &str, options: &StorageOptions) -> Result<Self> {
+        if uri.starts_with("file://") || !uri.contains("://") {
+            return Self::open_local(uri);
+        }
+        let address = |reason: String| StorageError::Address { uri: uri.to_owned(), reason };
+        let url = Url::parse(uri).map_err(|error| address(error.to_string()))?;
+        let mut settings: Vec<(String, String)> =
+            std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value)).collect();
+        if let Some(endpoint) = &options.endpoint {
+            settings.push(("aws_endpoint".to_owned(), endpoint.clone()));
+            settings.push(("aws_allow_http".to_owned(), endpoint.starts_with("http://").to_string()));
+        }
+        if let Some(region) = &options.region {
+            settings.push(("aws_region".to_owned(), region.clone()));
+        }
+        let (store, prefix) =
+            object_store::parse_url_opts(&url, settings).map_err(|error| address(error.to_string()))?;
+        Ok(Self { store: Arc::from(store), prefix, uri: uri.trim_end_matches('/').to_owned(), local: None })
+    }
+
+    fn open_local(uri: &str) -> Result<Self> {
+        let path = local_path(uri)?;
+        let address = |reason: String| StorageError::Address { uri: uri.to_owned(), reason };
+        let store = Arc::new(LocalFileSystem::new().with_fsync(true));
+        let prefix = Path::from_absolute_path(&path).map_err(|error| address(error.to_string()))?;
+        let uri = format!("file://{}", path.display());
+        Ok(Self { store: store.clone(), prefix, uri, local: Some(store) })
+    }
+
+    /// The prefix `name` below this one.
+    pub fn join(&self, name: &str) -> Self {
+        Self { prefix: self.path(name), uri: self.uri_of(name), ..self.clone() }
+    }
+
+    /// Address of this prefix.
+    pub fn uri(&self) -> &str {
+        &self.uri
+    }
+
+    /// Address of an object.
+    pub fn uri_of(&self, name: &str) -> String {
+        if name.is_empty() { self.uri.clone() } else { format!("{}/{name}", self.uri) }
+    }
+
+    fn path(&self, name: &str) -> Path {
+        self.prefix.parts().chain(Path::from(name).parts()).collect()
+    }
+
+    fn error(&self, name: &str) -> impl FnOnce(object_store::Error) -> StorageError {
+        let uri = self.uri_of(name);
+        move |source| match source {
+            object_store::Error::NotFound { .. } => StorageError::NotFound { uri },
+            source => StorageError::Store { uri, source },
+        }
+    }
+
+    /// The whole object.
+    ///
+    /// # Errors
+    /// [`StorageError::NotFound`], or what the store says.
+    pub fn get(&self, name: &str) -> Result<Bytes> {
+        let path = self.path(name);
+        runtime().block_on(async { self.store.get(&path).await?.bytes().await }).map_err(self.error(name))
+    }
+
+    /// A range of bytes of an object.
+    ///
+    /// # Errors
+    /// As [`Storage::get`], and when the range is outside the object.
+    pub fn get_range(&self, name: &str, range: Range<u64>) -> Result<Bytes> {
+        let path = self.path(name);
+        runtime().block_on(self.store.get_range(&path, range)).map_err(self.error(name))
+    }
+
+    /// Size and version of an object, or `None` when it does not exist.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn head(&self, name: &str) -> Result<Option<Entry>> {
+        let path = self.path(name);
+        match runtime().block_on(self.store.head(&path)) {
+            Ok(meta) => Ok(Some(entry(name.to_owned(), &meta))),
+            Err(object_store::Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(self.error(name)(error)),
+        }
+    }
+
+    /// Writes an object, replacing what was there, atomically.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn put(&self, name: &str, bytes: impl Into<Bytes>) -> Result<()> {
+        let (path, payload) = (self.path(name), PutPayload::from(bytes.into()));
+        runtime().block_on(self.store.put(&path, payload)).map(drop).map_err(self.error(name))
+    }
+
+    /// Writes an object that must not exist. A retry that finds its own bytes is a success: a put may have
+    /// succeeded although its answer was lost.
+    ///
+    /// # Errors
+    /// [`StorageError::AlreadyExists`] when the object exists with other content.
+    pub fn create(&self, name: &str, bytes: impl Into<Bytes>) -> Result<()> {
+        let (path, bytes) = (self.path(name), bytes.into());
+        let options = PutOptions::from(PutMode::Create);
+        match runtime().block_on(self.store.put_opts(&path, bytes.clone().into(), options)) {
+            Ok(_) => Ok(()),
+            // Also for an error whose outcome is unknown: the object decides.
+            Err(error) => match self.get(name) {
+                Ok(stored) if stored == bytes => Ok(()),
+                Ok(_) => Err(StorageError::AlreadyExists { uri: self.uri_of(name) }),
+                Err(_) => Err(self.error(name)(error)),
+            },
+        }
+    }
+
+    /// All objects below the prefix, by name.
+    ///
+    /// # Errors
+    /// What the store says; a missing folder is an empty list.
+    pub fn list(&self) -> Result<Vec<Entry>> {
+        let listing = self.store.list(Some(&self.prefix)).try_collect::<Vec<_>>();
+        let metas = match runtime().block_on(listing) {
+            Ok(metas) => metas,
+            Err(object_store::Error::NotFound { .. }) => return Ok(Vec::new()),
+            Err(error) => return Err(self.error("")(error)),
+        };
+        let mut entries: Vec<Entry> = metas.iter().map(|meta| entry(self.relative(&meta.location), meta)).collect();
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// Names of the folders directly below the prefix, in order.
+    ///
+    /// # Errors
+    /// What the store says; a missing folder is an empty list.
+    pub fn folders(&self) -> Result<Vec<String>> {
+        let listing = match runtime().block_on(self.store.list_with_delimiter(Some(&self.prefix))) {
+            Ok(listing) => listing,
+            Err(object_store::Error::NotFound { .. }) => return Ok(Vec::new()),
+            Err(error) => return Err(self.error("")(error)),
+        };
+        let mut names: Vec<String> = listing.common_prefixes.iter().map(|path| self.relative(path)).collect();
+        names.sort();
+        Ok(names)
+    }
+
+    fn relative(&self, path: &Path) -> String {
+        let prefix = self.prefix.as_ref();
+        path.as_ref().strip_prefix(prefix).unwrap_or(path.as_ref()).trim_start_matches('/').to_owned()
+    }
+
+    /// Deletes an object; one that does not exist is fine.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn delete(&self, name: &str) -> Result<()> {
+        let path = self.path(name);
+        match runtime().block_on(self.store.delete(&path)) {
+            Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(self.error(name)(error)),
+        }
+    }
+
+    /// Deletes everything below the prefix.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn delete_all(&self) -> Result<()> {
+        if let Some(local) = &self.local {
+            return self.delete_folder(local);
+        }
+        let paths = self.store.list(Some(&self.prefix)).map_ok(|meta| meta.location).boxed();
+        let deleted = self.store.delete_stream(paths).try_for_each(|_| async { Ok(()) });
+        runtime().block_on(deleted).map_err(self.error(""))
+    }
+
+    /// On a file system a listing hides what an interrupted write left, so the folder goes as a whole.
+    fn delete_folder(&self, local: &LocalFileSystem) -> Result<()> {
+        let folder = local.path_to_filesystem(&self.prefix).map_err(self.error(""))?;
+        match std::fs::remove_dir_all(&folder) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(StorageError::Store {
+                uri: self.uri.clone(),
+                source: object_store::Error::Generic { store: "local", source: Box::new(error) },
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads an object piece by piece.
+    ///
+    /// # Errors
+    /// [`StorageError::NotFound`], or what the store says.
+    pub fn reader(&self, name: &str) -> Result<ObjectReader> {
+        let Some(entry) = self.head(name)? else {
+            return Err(StorageError::NotFound { uri: self.uri_of(name) });
+        };
+        Ok(ObjectReader {
+            storage: self.clone(),
+            name: name.to_owned(),
+            bytes: entry.bytes,
+            position: 0,
+            part: Bytes::new(),
+        })
+    }
+
+    /// Writes an object piece by piece; it appears when [`ObjectWriter::finish`] succeeds, and not otherwise.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn writer(&self, name: &str) -> Result<ObjectWriter> {
+        let path = self.path(name);
+        let upload = runtime().block_on(self.store.put_multipart(&path)).map_err(self.error(name))?;
+        let _guard = runtime().enter();
+        let upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
+        Ok(ObjectWriter { storage: self.clone(), name: name.to_owned(), upload: Some(upload) })
+    }
+}
+
+fn entry(name: String, meta: &ObjectMeta) -> Entry {
+    let version = meta.e_tag.clone().unwrap_or_else(|| meta.last_modified.to_rfc3339());
+    Entry { name, bytes: meta.size, version }
+}
+
+/// Reads an object in ranges of 8 MiB.
+#[derive(Debug)]
+pub struct ObjectReader {
+    storage: Storage,
+    name: String,
+    bytes: u64,
+    position: u64,
+    part: Bytes,
+}
+
+impl ObjectReader {
+    /// Size of the object in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl Read for ObjectReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.part.is_empty() && self.position < self.bytes {
+            let end = self.bytes.min(self.position + PART_BYTES as u64);
+            self.part = self.storage.get_range(&self.name, self.position..end).map_err(io::Error::other)?;
+        }
+        let count = buffer.len().min(self.part.len());
+        buffer[..count].copy_from_slice(&self.part.split_to(count));
+        self.position += count as u64;
+        Ok(count)
+    }
+}
+
+impl Seek for ObjectReader {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let position = match to {
+            SeekFrom::Start(position) => Some(position),
+            SeekFrom::End(offset) => self.bytes.checked_add_signed(offset),
+            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
+        };
+        self.position = position.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
+        self.part.clear();
+        Ok(self.position)
+    }
+}
+
+/// Writes an object in parts; dropped before [`ObjectWriter::finish`], it leaves nothing behind.
+pub struct ObjectWriter {
+    storage: Storage,
+    name: String,
+    upload: Option<WriteMultipart>,
+}
+
+impl ObjectWriter {
+    /// Uploads the rest and makes the object appear.
+    ///
+    /// # Errors
+    /// What the store says, for any of the parts.
+    pub fn finish(mut self) -> Result<()> {
+        let Some(upload) = self.upload.take() else { return Ok(()) };
+        runtime().block_on(upload.finish()).map(drop).map_err(self.storage.error(&self.name))
+    }
+}
+
+impl Write for ObjectWriter {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        let Some(upload) = &mut self.upload else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        runtime().block_on(async {
+            upload.wait_for_capacity(PARTS_IN_FLIGHT).await?;
+            upload.write(buffer);
+            Ok(buffer.len())
+        })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for ObjectWriter {
+    fn drop(&mut self) {
+        if let Some(upload) = self.upload.take() {
+            // The object was never finished; a failure to abort leaves parts that the bucket's lifecycle rule removes.
+            let _ = runtime().block_on(upload.abort());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn storage() -> (tempfile::TempDir, Storage) {
+        let folder = tempfile::tempdir().unwrap();
+        let storage = Storage::open(folder.path().to_str().unwrap(), &StorageOptions::default()).unwrap();
+        (folder, storage)
+    }
+
+    #[test]
+    fn writes_lists_reads_and_deletes() {
+        let (_folder, storage) = storage();
+        let sub = storage.join("a/b");
+        sub.put("x.txt", "hello").unwrap();
+        assert_eq!(storage.get("a/b/x.txt").unwrap(), "hello");
+        assert_eq!(storage.list().unwrap()[0].name, "a/b/x.txt");
+        assert_eq!(storage.join("a").folders().unwrap(), ["b"]);
+        assert_eq!(storage.get_range("a/b/x.txt", 1..3).unwrap(), "el");
+        sub.delete_all().unwrap();
+        assert!(storage.head("a/b/x.txt").unwrap().is_none());
+        assert!(sub.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn create_refuses_other_content_and_accepts_its_own() {
+        let (_folder, storage) = storage();
+        storage.create("m", "one").unwrap();
+        storage.create("m", "one").unwrap();
+        assert!(matches!(storage.create("m", "two"), Err(StorageError::AlreadyExists { .. })));
+        assert_eq!(storage.get("m").unwrap(), "one");
+    }
+
+    #[test]
+    fn a_streamed_object_appears_only_when_finished() {
+        let (_folder, storage) = storage();
+        let content: Vec<u8> = (0..20_000_000u32).map(|i| (i % 251) as u8).collect();
+        let mut dropped = storage.writer("big").unwrap();
+        dropped.write_all(&content).unwrap();
+        drop(dropped);
+        assert!(storage.head("big").unwrap().is_none());
+        let mut writer = storage.writer("big").unwrap();
+        writer.write_all(&content).unwrap();
+        writer.finish().unwrap();
+        let mut reader = storage.reader("big").unwrap();
+        let mut read = Vec::new();
+        reader.read_to_end(&mut read).unwrap();
+        assert!(read == content);
+        reader.seek(SeekFrom::End(-3)).unwrap();
+        let mut tail = Vec::new();
+        reader.read_to_end(&mut tail).unwrap();
+        assert_eq!(tail, content[content.len() - 3..]);
+    }
+
+    #[test]
+    fn a_missing_object_is_named() {
+        let (_folder, storage) = storage();
+        let error = storage.get("nothing").unwrap_err();
+        assert!(error.to_string().contains("nothing does not exist"), "{error}");
+    }
+}

@@ -1,0 +1,6 @@
+//! Training a stage: the optimizer step, the learning rate, the loop.
+
+pub mod history;
+pub mod schedule;
+pub mod stage;
+pub mod step;

@@ -1,0 +1,427 @@
+//! Trains one stage from its newest checkpoint to its last token: what a trainer pod does.
+
+use crate::checkpoint::{
+    self, AsyncCheckpointer, CheckpointError, CheckpointLocation, CheckpointWriter, Committed, ExtraFile,
+    HISTORY_FILE, HuggingFaceFolder, Retention, TokenIds, TrainingState,
+};
+use crate::data::{DataError, Dataset, TrainingOrder};
+use crate::model::initializer::initialize;
+use crate::model::layout::ParameterLayout;
+use crate::progress::{Reporter, Unit};
+use crate::storage::{Storage, StorageError, StorageOptions};
+use crate::training::history::{EvaluationRecord, History, StepRecord};
+use crate::training::schedule::learning_rate;
+use crate::training::step::{StepEngine, StepSettings};
+use growth_crds::plan::{StagePlan, StageStart};
+use growth_crds::protocol::CheckpointManifest;
+use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+/// Elements that one task copies into a snapshot.
+const COPY_CHUNK: usize = 1 << 18;
+
+/// Why a stage stopped before its last token.
+#[derive(thiserror::Error, Debug)]
+pub enum TrainError {
+    /// Reading or writing checkpoints.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Reading data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// Storage.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// The stage grows, but its first checkpoint is not there.
+    #[error(
+        "stage {stage}: there is no checkpoint to start from; grow stage {from} first (growth-trainer grow, or run)"
+    )]
+    NotGrown {
+        /// The stage.
+        stage: String,
+        /// The stage that it grows from.
+        from: String,
+    },
+    /// The tokenizer has more tokens than the model has rows.
+    #[error(
+        "spec.model.vocabSize: the tokenizer has {tokenizer} tokens, but the model only {model}; raise vocabSize"
+    )]
+    Vocabulary {
+        /// Tokens of the tokenizer.
+        tokenizer: u32,
+        /// Rows of the embedding.
+        model: u32,
+    },
+    /// The start checkpoint has another architecture.
+    #[error("spec.stages[0].initFrom: {uri} has {field} {found}, but the stage has {expected}")]
+    OtherArchitecture {
+        /// The folder.
+        uri: String,
+        /// The field of `config.json`.
+        field: String,
+        /// Its value there.
+        found: String,
+        /// Its value in the plan.
+        expected: String,
+    },
+    /// The loss is not a number any more.
+    #[error(
+        "stage {stage}: the loss is {loss} at step {step}; the last checkpoint is good: lower the learning rate or \
+         clip gradients, and start again"
+    )]
+    Diverged {
+        /// The stage.
+        stage: String,
+        /// The step.
+        step: u64,
+        /// The loss.
+        loss: f64,
+    },
+}
+
+impl TrainError {
+    /// Whether the job or its files are at fault, so that trying again cannot help.
+    pub fn is_input_error(&self) -> bool {
+        match self {
+            Self::Checkpoint(error) => error.is_input_error(),
+            Self::Data(error) => error.is_input_error(),
+            Self::Vocabulary { .. } | Self::OtherArchitecture { .. } | Self::NotGrown { .. } => true,
+            Self::Storage(_) | Self::Diverged { .. } => false,
+        }
+    }
+}
+
+/// Result of training.
+pub type Result<T> = std::result::Result<T, TrainError>;
+
+/// How a stage ended.
+#[derive(Debug, Clone)]
+pub enum StageEnd {
+    /// Its last token is trained and its last checkpoint committed.
+    Finished(CheckpointManifest),
+    /// It was asked to stop and has committed where it stood.
+    Stopped(CheckpointManifest),
+}
+
+/// What a stage works with.
+pub struct StageInputs<'a> {
+    /// What to train.
+    pub plan: &'a StagePlan,
+    /// The job's storage.
+    pub storage: &'a Storage,
+    /// The prepared data.
+    pub dataset: &'a Dataset,
+    /// Set when the stage shall stop after its current step.
+    pub stop: &'a AtomicBool,
+}
+
+/// Trains the stage. Checkpoints that others committed are never touched; this attempt writes under a number of its
+/// own.
+///
+/// # Errors
+/// When data or checkpoints cannot be read, when the last checkpoint cannot be written, when the loss diverges.
+pub fn train(inputs: &StageInputs<'_>, reporter: &mut Reporter) -> Result<StageEnd> {
+    let mut run = StageRun::start(inputs, reporter)?;
+    let plan = inputs.plan;
+    reporter.begin(&plan.stage, Unit::Tokens, plan.tokens, run.state.tokens);
+    while run.state.step < plan.steps {
+        if inputs.stop.load(Ordering::Relaxed) {
+            return Ok(StageEnd::Stopped(run.last_checkpoint()?));
+        }
+        run.evaluate_if_due();
+        run.step(reporter)?;
+        run.checkpoint_if_due(reporter)?;
+    }
+    run.evaluate_if_due();
+    reporter.finish();
+    Ok(StageEnd::Finished(run.last_checkpoint()?))
+}
+
+/// The state that a stage starts or goes on from.
+struct Start {
+    state: TrainingState,
+    history: History,
+    resumed: Option<CheckpointManifest>,
+}
+
+struct StageRun<'a> {
+    plan: &'a StagePlan,
+    dataset: &'a Dataset,
+    order: TrainingOrder,
+    engine: StepEngine,
+    state: TrainingState,
+    history: History,
+    checkpointer: AsyncCheckpointer,
+    resumed: Option<CheckpointManifest>,
+    last_checkpoint: Instant,
+    ids: Vec<u32>,
+    targets: Vec<u32>,
+    validation: (Vec<u32>, Vec<u32>),
+}
+
+impl<'a> StageRun<'a> {
+    fn start(inputs: &StageInputs<'a>, reporter: &Reporter) -> Result<Self> {
+        let StageInputs { plan, storage, dataset, .. } = *inputs;
+        check_vocabulary(plan, dataset)?;
+        let training = &plan.training;
+        let attempt = checkpoint::next_attempt(storage, &plan.job, &plan.stage)?;
+        let Start { state, history, resumed } = start_state(inputs, reporter)?;
+        let engine = StepEngine::new(
+            plan.model.clone(),
+            training.sequence_length,
+            training.micro_batch_tokens,
+            training.global_batch_tokens,
+        );
+        let location = CheckpointLocation {
+            storage: storage.clone(),
+            job: plan.job.clone(),
+            stage: plan.stage.clone(),
+            attempt,
+        };
+        let retention = Retention { keep_last: plan.checkpoint.keep_last, ..Retention::default() };
+        let last_good = resumed.as_ref().map(|manifest| checkpoint::checkpoint_folder(storage, manifest));
+        let last_good = last_good.map(|folder| folder.uri().to_owned());
+        let checkpointer =
+            AsyncCheckpointer::start(writer(plan, location, dataset), retention, last_good)?;
+        let validation = dataset.validation_sequences(training.sequence_length, plan.evaluation.tokens)?;
+        let tokens = engine.global_batch_tokens();
+        Ok(Self {
+            plan,
+            dataset,
+            order: TrainingOrder::new(dataset, &plan.data.train, training.sequence_length, training.seed)?,
+            engine,
+            state,
+            history,
+            checkpointer,
+            resumed,
+            last_checkpoint: Instant::now(),
+            ids: vec![0; tokens],
+            targets: vec![0; tokens],
+            validation,
+        })
+    }
+
+    fn step(&mut self, reporter: &mut Reporter) -> Result<()> {
+        let begin = Instant::now();
+        let training = &self.plan.training;
+        let sequence = u64::from(training.sequence_length);
+        let first_sample = (self.plan.first_token + self.state.tokens) / sequence;
+        self.dataset.batch(&self.order, first_sample, &mut self.ids, &mut self.targets)?;
+        let learning_rate =
+            learning_rate(&training.schedule, training.adam_w.learning_rate, self.state.tokens);
+        let settings =
+            StepSettings { adam_w: &training.adam_w, learning_rate, gradient_clip: training.gradient_clip };
+        let report = self.engine.step(&mut self.state, &self.ids, &self.targets, settings);
+        self.state.step += 1;
+        self.state.tokens += training.global_batch_tokens;
+        if !report.loss.is_finite() || !report.gradient_norm.is_finite() {
+            let (stage, step) = (self.plan.stage.clone(), self.state.step);
+            return Err(TrainError::Diverged { stage, step, loss: report.loss });
+        }
+        self.history.record_step(StepRecord {
+            step: self.state.step,
+            tokens: self.state.tokens,
+            loss: report.loss,
+            learning_rate,
+            gradient_norm: report.gradient_norm,
+        });
+        self.history.training_seconds += begin.elapsed().as_secs_f64();
+        reporter.advance(self.state.tokens, self.plan.tokens, self.progress_detail(report.loss));
+        Ok(())
+    }
+
+    fn progress_detail(&self, loss: f64) -> String {
+        match self.history.last_loss() {
+            Some(validation) => format!("loss {loss:.3}  validation {validation:.3}"),
+            None => format!("loss {loss:.3}"),
+        }
+    }
+
+    /// Measures the validation loss before the first step, at every interval and after the last step.
+    fn evaluate_if_due(&mut self) {
+        let (step, tokens) = (self.state.step, self.state.tokens);
+        let due = step == 0 || step == self.plan.steps || self.crosses(self.plan.evaluation.every_tokens);
+        if !due || self.history.has_evaluation(step) {
+            return;
+        }
+        let (ids, targets) = &self.validation;
+        let loss = self.engine.evaluate(&self.state.parameters, ids, targets);
+        self.history.evaluations.push(EvaluationRecord { step, tokens, loss });
+    }
+
+    /// Whether the last step passed a multiple of `interval` tokens.
+    fn crosses(&self, interval: u64) -> bool {
+        let before = self.state.tokens.saturating_sub(self.plan.training.global_batch_tokens);
+        interval > 0 && self.state.tokens / interval > before / interval
+    }
+
+    fn checkpoint_if_due(&mut self, reporter: &Reporter) -> Result<()> {
+        if let Some(outcome) = self.checkpointer.poll() {
+            note_outcome(outcome, reporter)?;
+        }
+        let plan = &self.plan.checkpoint;
+        let by_tokens = plan.every_tokens.is_some_and(|interval| self.crosses(interval));
+        let elapsed = self.last_checkpoint.elapsed().as_secs();
+        let by_time = plan.every_seconds.is_some_and(|interval| elapsed >= interval);
+        // The last step has a checkpoint of its own, which also holds the last validation loss.
+        if self.state.step == self.plan.steps || !(by_tokens || by_time) {
+            return Ok(());
+        }
+        if let Some(outcome) = self.submit()? {
+            note_outcome(outcome, reporter)?;
+        }
+        Ok(())
+    }
+
+    fn submit(&mut self) -> Result<Option<checkpoint::Outcome>> {
+        self.last_checkpoint = Instant::now();
+        let history = serde_json::to_vec(&self.history).map_err(std::io::Error::other);
+        let records = history.map(|bytes| vec![ExtraFile::new(HISTORY_FILE, bytes)]).unwrap_or_default();
+        let state = &self.state;
+        self.checkpointer.submit(records, |snapshot| {
+            copy_state(snapshot, state);
+            Ok(())
+        })
+    }
+
+    /// Writes where the stage stands, waits for it, and says where it is.
+    fn last_checkpoint(&mut self) -> Result<CheckpointManifest> {
+        if let Some(manifest) = self.resumed.take_if(|manifest| manifest.step == self.state.step) {
+            return Ok(manifest);
+        }
+        let _superseded_by_this_one = self.submit()?;
+        match self.checkpointer.finish()? {
+            Some(Committed { manifest, .. }) => Ok(manifest),
+            None => Err(CheckpointError::Thread {
+                problem: "lost the checkpoint that it was given".to_owned(),
+                last_good: self.checkpointer.last_good().unwrap_or("none").to_owned(),
+            }
+            .into()),
+        }
+    }
+}
+
+fn check_vocabulary(plan: &StagePlan, dataset: &Dataset) -> Result<()> {
+    let (tokenizer, model) = (dataset.tokenizer().vocab_size(), plan.model.vocab_size);
+    if tokenizer > model {
+        return Err(TrainError::Vocabulary { tokenizer, model });
+    }
+    Ok(())
+}
+
+/// Newest good checkpoint of the stage, else its first weights.
+fn start_state(inputs: &StageInputs<'_>, reporter: &Reporter) -> Result<Start> {
+    let StageInputs { plan, storage, .. } = *inputs;
+    let layout = ParameterLayout::new(&plan.model);
+    let mut warn = |text: String| reporter.note(&format!("warning: {text}"));
+    let found = checkpoint::resume(storage, &plan.job, &plan.stage, &layout, &mut warn)?;
+    if let Some((manifest, mut state)) = found {
+        add_moments(&mut state);
+        let history = read_history(storage, &manifest)?;
+        return Ok(Start { state, history, resumed: Some(manifest) });
+    }
+    let parameters = match &plan.start {
+        StageStart::Random { initializer } => initialize(&plan.model, *initializer, plan.training.seed),
+        StageStart::Checkpoint { uri } => import(plan, uri)?,
+        StageStart::Growth(growth) => {
+            return Err(TrainError::NotGrown { stage: plan.stage.clone(), from: growth.from_stage.clone() });
+        }
+    };
+    let state = TrainingState { parameters, ..TrainingState::zeros(&layout) };
+    Ok(Start { state, history: History::default(), resumed: None })
+}
+
+/// A grown or imported checkpoint has no moments: they start at zero.
+fn add_moments(state: &mut TrainingState) {
+    let len = state.parameters.len();
+    for moments in [&mut state.exp_avg, &mut state.exp_avg_sq] {
+        moments.resize(len, 0.0);
+    }
+}
+
+/// The record inside a checkpoint; a grown one has none yet.
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn read_history(storage: &Storage, manifest: &CheckpointManifest) -> Result<History> {
+    let folder = checkpoint::checkpoint_folder(storage, manifest);
+    if !manifest.objects.iter().any(|object| object.name == HISTORY_FILE) {
+        return Ok(History::default());
+    }
+    // A record that cannot be read is worth less than the training that could go on without it.
+    Ok(serde_json::from_slice(&folder.get(HISTORY_FILE)?).unwrap_or_default())
+}
+
+/// Weights of the Hugging Face folder that the first stage starts from.
+fn import(plan: &StagePlan, uri: &str) -> Result<Vec<f32>> {
+    let options = StorageOptions {
+        endpoint: plan.storage.endpoint.clone(),
+        region: plan.storage.region.clone(),
+    };
+    let folder = HuggingFaceFolder::open(&Storage::open(uri, &options)?)?;
+    check_architecture(plan, uri, &folder)?;
+    Ok(folder.load()?.parameters)
+}
+
+fn check_architecture(plan: &StagePlan, uri: &str, folder: &HuggingFaceFolder) -> Result<()> {
+    let fields = |config| match serde_json::to_value(config) {
+        Ok(serde_json::Value::Object(fields)) => fields,
+        _ => serde_json::Map::new(),
+    };
+    let (found, expected) = (fields(folder.config()), fields(&plan.model));
+    for (field, expected) in &expected {
+        // A longer or shorter context does not change the tensors.
+        if field != "max_position_embeddings" && found.get(field) != Some(expected) {
+            let found = found.get(field).map(ToString::to_string).unwrap_or_default();
+            let (field, expected) = (field.clone(), expected.to_string());
+            return Err(TrainError::OtherArchitecture { uri: uri.to_owned(), field, found, expected });
+        }
+    }
+    Ok(())
+}
+
+fn writer(plan: &StagePlan, location: CheckpointLocation, dataset: &Dataset) -> CheckpointWriter {
+    let tokenizer = dataset.tokenizer();
+    let token_ids = TokenIds { bos: None, eos: vec![tokenizer.separator()] };
+    CheckpointWriter::new(location, plan.model.clone(), token_ids, tokenizer_files(plan, dataset))
+}
+
+/// The files with which `AutoTokenizer` opens a checkpoint.
+pub fn tokenizer_files(plan: &StagePlan, dataset: &Dataset) -> Vec<ExtraFile> {
+    let tokenizer = dataset.tokenizer();
+    let longest = u64::from(plan.model.max_position_embeddings);
+    vec![
+        ExtraFile::new("tokenizer.json", tokenizer.to_json()),
+        ExtraFile::new("tokenizer_config.json", tokenizer.config_json(longest)),
+    ]
+}
+
+fn copy_state(snapshot: &mut TrainingState, state: &TrainingState) {
+    (snapshot.step, snapshot.tokens, snapshot.optimizer_step) =
+        (state.step, state.tokens, state.optimizer_step);
+    for (to, from) in [
+        (&mut snapshot.parameters, &state.parameters),
+        (&mut snapshot.exp_avg, &state.exp_avg),
+        (&mut snapshot.exp_avg_sq, &state.exp_avg_sq),
+    ] {
+        to.resize(from.len(), 0.0);
+        to.par_chunks_mut(COPY_CHUNK).zip(from.par_chunks(COPY_CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
+    }
+}
+
+/// A checkpoint that could not be written is tried again at the next interval; only a newer attempt ends this one.
+fn note_outcome(outcome: checkpoint::Outcome, reporter: &Reporter) -> Result<()> {
+    match outcome {
+        Ok(Committed { warning: None, .. }) => Ok(()),
+        Ok(Committed { warning: Some(warning), .. }) => {
+            reporter.note(&format!("warning: {warning}"));
+            Ok(())
+        }
+        Err(error @ CheckpointError::Superseded { .. }) => Err(error.into()),
+        Err(error) => {
+            reporter.note(&format!("warning: a checkpoint could not be written and is tried again later: {error}"));
+            Ok(())
+        }
+    }
+}
