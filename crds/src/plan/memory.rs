@@ -5,6 +5,12 @@ use super::{MemoryEstimate, ModelConfig};
 /// Bytes of a 32-bit float.
 const FLOAT: u64 = 4;
 
+/// Rows whose logits exist at a time.
+const LOGIT_ROWS: u64 = 256;
+
+/// Rows over which the gradient of a gain is summed before the sums are added.
+const GAIN_ROWS: u64 = 64;
+
 /// Levels of the balanced tree in which the gradients of the micro-batches are summed: one buffer each.
 pub fn gradient_levels(micro_batches: u64) -> u64 {
     match micro_batches {
@@ -35,15 +41,22 @@ impl ModelConfig {
         }
     }
 
-    /// What the backward pass needs of every layer, and scratch for the layer at work and the logits.
-    fn activations_bytes(&self, tokens: u64) -> u64 {
+    /// Buffers of one micro-batch of `rows` tokens, as the trainer allocates them (its `model/activations.rs`, which
+    /// a test compares with this): what the backward pass needs of every layer, and what the layers share.
+    fn activations_bytes(&self, rows: u64) -> u64 {
         let (hidden, ffn) = (u64::from(self.hidden_size), u64::from(self.intermediate_size));
         let query = self.query_size();
-        let heads = query.saturating_add(self.key_value_size().saturating_mul(2)).saturating_add(query);
-        let layer = (2 * hidden + 2 * ffn).saturating_add(heads);
+        let qkv = query.saturating_add(self.key_value_size().saturating_mul(2));
+        let heads = u64::from(self.num_attention_heads);
+        let layer = (2 * hidden + 2 * ffn + heads + 2).saturating_add(qkv).saturating_add(query);
         let layers = u64::from(self.num_hidden_layers).saturating_mul(layer);
-        let scratch = (4 * hidden + 2 * ffn).saturating_add(u64::from(self.vocab_size));
-        tokens.saturating_mul(layers.saturating_add(scratch)).saturating_mul(FLOAT)
+        let shared = (4 * hidden + ffn + 2).saturating_add(qkv.saturating_mul(2)).saturating_add(query.saturating_mul(2));
+        let logits = rows.min(LOGIT_ROWS).saturating_mul(u64::from(self.vocab_size));
+        let gains = rows.div_ceil(GAIN_ROWS).saturating_mul(hidden);
+        rows.saturating_mul(layers.saturating_add(shared))
+            .saturating_add(logits)
+            .saturating_add(gains)
+            .saturating_mul(FLOAT)
     }
 }
 

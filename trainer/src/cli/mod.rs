@@ -34,12 +34,12 @@ const EXIT_FAILED: u8 = 1;
 
 /// Trains a small language model, grows it, and goes on training the large one.
 ///
-/// A job is one file, the same GrowthTrainingJob that the Kubernetes operator takes. Start with
+/// A job is one file, the GrowthTrainingJob that the operator takes too:
 ///
 ///     growth-trainer run examples/laptop.yaml
 ///
-/// which needs no cluster, no GPU and no download. Stop it whenever you like; the same command goes on where it
-/// stopped, and ends in the same bits.
+/// It needs no cluster, no GPU and no download. Stop it when you like: the same
+/// command goes on where it stopped, and ends in the same bits.
 #[derive(Parser)]
 #[command(name = "growth-trainer", version, verbatim_doc_comment)]
 struct Arguments {

@@ -4,9 +4,9 @@
 mod position;
 mod schema;
 
+use growth_crds::admission::admission_errors;
 use growth_crds::plan::{self, JobPlan};
-use growth_crds::spec::GrowthTrainingJob;
-use kube::CustomResourceExt;
+use growth_crds::{GrowthTrainingJob, crd};
 use position::Positions;
 use serde_json::Value;
 use std::fmt;
@@ -92,8 +92,17 @@ fn admit(text: &str) -> Result<GrowthTrainingJob, Vec<Problem>> {
     let job: GrowthTrainingJob = serde_path_to_error::deserialize(&value).map_err(|error| {
         vec![Problem::of_field(error.path().to_string(), error.inner().to_string())]
     })?;
-    job.validate_cel().map_err(cel_problems)?;
-    Ok(job)
+    let problems = check_values(&job, None)?;
+    if problems.is_empty() { Ok(job) } else { Err(problems) }
+}
+
+/// Ranges, lengths, words and CEL rules; with `stored`, also what may change while a job runs.
+fn check_values(
+    job: &GrowthTrainingJob,
+    stored: Option<&GrowthTrainingJob>,
+) -> Result<Vec<Problem>, Vec<Problem>> {
+    let errors = admission_errors(job, stored).map_err(|error| vec![Problem::of_file(error.to_string())])?;
+    Ok(errors.into_iter().map(|error| Problem::of_field(error.field, error.message)).collect())
 }
 
 /// Checks a changed job against the one that is stored: what may change while it runs, the transition rules say.
@@ -101,11 +110,8 @@ fn admit(text: &str) -> Result<GrowthTrainingJob, Vec<Problem>> {
 /// # Errors
 /// One problem for each rule that refuses the change.
 pub fn check_update(job: &GrowthTrainingJob, stored: &GrowthTrainingJob) -> Result<(), Vec<Problem>> {
-    job.validate_cel_update(stored).map_err(cel_problems)
-}
-
-fn cel_problems(errors: kube::core::cel::ValidationErrors) -> Vec<Problem> {
-    errors.into_vec().into_iter().map(|error| Problem::of_field(error.field_path, error.message)).collect()
+    let problems = check_values(job, Some(stored))?;
+    if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
 
 impl Problem {
@@ -120,7 +126,6 @@ impl Problem {
 
 /// The schema of the API, as the CRD states it.
 fn crd_schema() -> Value {
-    let crd = GrowthTrainingJob::crd();
-    let schema = crd.spec.versions.first().and_then(|version| version.schema.as_ref());
-    schema.and_then(|schema| serde_json::to_value(&schema.open_api_v3_schema).ok()).unwrap_or_default()
+    let crd = crd::crd().ok().and_then(|crd| serde_json::to_value(crd).ok()).unwrap_or_default();
+    crd.pointer("/spec/versions/0/schema/openAPIV3Schema").cloned().unwrap_or_default()
 }

@@ -1,8 +1,7 @@
-//! Structural validation against the CRD's schema, with the checks that an API server makes: unknown and missing
-//! fields, types, ranges, lengths, patterns, enums.
+//! The structure of a job against the CRD's schema: unknown and missing fields, and types. Values are checked on the
+//! typed object afterwards.
 
 use super::{Problem, crd_schema};
-use regex::Regex;
 use serde_json::{Map, Value};
 
 /// Everything in `job` that the schema refuses.
@@ -36,14 +35,6 @@ fn check_value(field: &str, value: &Value, schema: &Value, problems: &mut Vec<Pr
     if let Some(message) = wrong_type(value, schema) {
         return refuse(message);
     }
-    if let Some(allowed) = schema.get("enum").and_then(Value::as_array)
-        && !allowed.contains(value)
-    {
-        return refuse(format!("is {value}; must be one of {}", list(allowed)));
-    }
-    if let Some(message) = out_of_range(value, schema).or_else(|| wrong_text(value, schema)) {
-        refuse(message);
-    }
     match value {
         Value::Object(object) => check_object(field, object, schema, problems),
         Value::Array(items) => check_array(field, items, schema, problems),
@@ -73,14 +64,6 @@ fn check_object(field: &str, object: &Map<String, Value>, schema: &Value, proble
 }
 
 fn check_array(field: &str, items: &[Value], schema: &Value, problems: &mut Vec<Problem>) {
-    let limit = |name| schema.get(name).and_then(Value::as_u64);
-    let len = items.len() as u64;
-    if let Some(min) = limit("minItems").filter(|min| len < *min) {
-        problems.push(Problem::of_field(field.to_owned(), format!("has {len} items; needs at least {min}")));
-    }
-    if let Some(max) = limit("maxItems").filter(|max| len > *max) {
-        problems.push(Problem::of_field(field.to_owned(), format!("has {len} items; at most {max} are allowed")));
-    }
     if let Some(schema) = schema.get("items") {
         for (index, item) in items.iter().enumerate() {
             check_value(&format!("{field}[{index}]"), item, schema, problems);
@@ -106,30 +89,6 @@ fn wrong_type(value: &Value, schema: &Value) -> Option<String> {
     (!fits).then(|| format!("is {}; must be of type {expected}", describe(value)))
 }
 
-fn out_of_range(value: &Value, schema: &Value) -> Option<String> {
-    let number = value.as_f64()?;
-    let limit = |name| schema.get(name).and_then(Value::as_f64);
-    if let Some(min) = limit("minimum").filter(|min| number < *min) {
-        return Some(format!("is {number}; must be at least {min}"));
-    }
-    limit("maximum").filter(|max| number > *max).map(|max| format!("is {number}; must be at most {max}"))
-}
-
-fn wrong_text(value: &Value, schema: &Value) -> Option<String> {
-    let text = value.as_str()?;
-    let len = text.chars().count() as u64;
-    let limit = |name| schema.get(name).and_then(Value::as_u64);
-    if let Some(min) = limit("minLength").filter(|min| len < *min) {
-        return Some(format!("is {len} characters long; must have at least {min}"));
-    }
-    if let Some(max) = limit("maxLength").filter(|max| len > *max) {
-        return Some(format!("is {len} characters long; must have at most {max}"));
-    }
-    let pattern = schema.get("pattern").and_then(Value::as_str)?;
-    let fits = Regex::new(pattern).is_ok_and(|pattern| pattern.is_match(text));
-    (!fits).then(|| format!("is {text:?}; must match {pattern}"))
-}
-
 fn unknown_field(name: &str, properties: Option<&Map<String, Value>>) -> String {
     let known = properties.into_iter().flat_map(|properties| properties.keys());
     let near = known
@@ -151,9 +110,4 @@ fn describe(value: &Value) -> String {
         Value::Array(_) => "a list".to_owned(),
         value => value.to_string(),
     }
-}
-
-fn list(values: &[Value]) -> String {
-    let texts: Vec<&str> = values.iter().filter_map(Value::as_str).collect();
-    texts.join(", ")
 }
