@@ -10,8 +10,8 @@ use clap::Parser;
 use growth_crds::plan::ModelConfig;
 use growth_crds::spec::training::AdamWSpec;
 use growth_trainer::checkpoint::TrainingState;
-use growth_trainer::ops::linear::{self, LinearShape};
 use growth_trainer::ops::gemm::Output;
+use growth_trainer::ops::linear::{self, LinearShape};
 use growth_trainer::training::step::{StepEngine, StepSettings};
 use std::time::Instant;
 
@@ -70,7 +70,8 @@ fn main() {
     let tokens = u64::from(arguments.batch * arguments.sequence);
     let mut engine = StepEngine::new(config.clone(), arguments.sequence, tokens, tokens);
     let mut state = random_state(&engine);
-    let ids: Vec<u32> = (0..tokens as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) % arguments.vocab).collect();
+    let ids: Vec<u32> =
+        (0..tokens as u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 7) % arguments.vocab).collect();
     let targets: Vec<u32> = ids.iter().cycle().skip(1).take(ids.len()).copied().collect();
     let adam_w = AdamWSpec::default();
     let settings = StepSettings { adam_w: &adam_w, learning_rate: 3e-4, gradient_clip: 1.0 };

@@ -144,7 +144,8 @@ fn draw(logits: Vec<f32>, sampling: Sampling, index: u64) -> u32 {
     }
     let weights: Vec<f64> =
         ranked.iter().map(|(logit, _)| f64::from((logit - best) / sampling.temperature).exp()).collect();
-    let mut left = random::generator(sampling.seed, "generate", index).random::<f64>() * weights.iter().sum::<f64>();
+    let mut left =
+        random::generator(sampling.seed, "generate", index).random::<f64>() * weights.iter().sum::<f64>();
     for ((_, id), weight) in ranked.iter().zip(weights) {
         left -= weight;
         if left <= 0.0 {

@@ -122,7 +122,8 @@ impl Step {
         let seconds = self.started.elapsed().as_secs_f64();
         let rate = (self.done - self.first) as f64 / seconds.max(1e-9);
         let percent = if self.total == 0 { 0.0 } else { 100.0 * self.done as f64 / self.total as f64 };
-        let mut line = format!("{:<8} {percent:3.0}%  {}", self.name, self.unit.amounts(self.done, self.total));
+        let mut line =
+            format!("{:<8} {percent:3.0}%  {}", self.name, self.unit.amounts(self.done, self.total));
         if !self.detail.is_empty() {
             let _ = write!(line, "  {}", self.detail);
         }
@@ -179,7 +180,13 @@ pub fn count(value: f64) -> String {
         v if v >= 1e3 => (v / 1e3, "K"),
         v => return format!("{v:.0}"),
     };
-    let decimals = if scaled >= 100.0 { 0 } else if scaled >= 10.0 { 1 } else { 2 };
+    let decimals = if scaled >= 100.0 {
+        0
+    } else if scaled >= 10.0 {
+        1
+    } else {
+        2
+    };
     format!("{scaled:.decimals$}{unit}")
 }
 

@@ -4,7 +4,9 @@ use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
-use object_store::{ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart};
+use object_store::{
+    ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart,
+};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -247,7 +249,8 @@ impl Storage {
             Err(object_store::Error::NotFound { .. }) => return Ok(Vec::new()),
             Err(error) => return Err(self.error("")(error)),
         };
-        let mut entries: Vec<Entry> = metas.iter().map(|meta| entry(self.relative(&meta.location), meta)).collect();
+        let mut entries: Vec<Entry> =
+            metas.iter().map(|meta| entry(self.relative(&meta.location), meta)).collect();
         entries.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(entries)
     }

@@ -151,7 +151,9 @@ fn prepare_model(tokenizer: &mut tokenizers::Tokenizer) {
 fn find_separator(tokenizer: &tokenizers::Tokenizer, named: Option<&str>) -> Result<(String, u32)> {
     let find = |token: &str| tokenizer.token_to_id(token).map(|id| (token.to_owned(), id));
     match named {
-        Some(token) => find(token).ok_or_else(|| TokenizerError::UnknownSeparator { token: token.to_owned() }),
+        Some(token) => {
+            find(token).ok_or_else(|| TokenizerError::UnknownSeparator { token: token.to_owned() })
+        }
         None => USUAL_SEPARATORS.into_iter().find_map(find).ok_or(TokenizerError::NoSeparator),
     }
 }
@@ -198,9 +200,15 @@ mod tests {
         let named = Tokenizer::from_json(&json, Some("!")).unwrap();
         assert_eq!(named.decode(&[named.separator()]).unwrap(), "!");
         let error = Tokenizer::from_json(&json, Some("<end>")).unwrap_err().to_string();
-        assert!(error.starts_with("spec.data.documentSeparator: the tokenizer has no token \"<end>\""), "{error}");
+        assert!(
+            error.starts_with("spec.data.documentSeparator: the tokenizer has no token \"<end>\""),
+            "{error}"
+        );
         let error = Tokenizer::from_json(&json.replace("</s>", "<odd>"), None).unwrap_err().to_string();
-        assert!(error.contains("spec.data.documentSeparator: the tokenizer has none of <|endoftext|>, </s>"), "{error}");
+        assert!(
+            error.contains("spec.data.documentSeparator: the tokenizer has none of <|endoftext|>, </s>"),
+            "{error}"
+        );
     }
 
     #[test]

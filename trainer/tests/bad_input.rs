@@ -20,15 +20,31 @@ fn refused(text: &str, replacement: &str, expected: &[&str]) {
 
 #[test]
 fn mistakes_in_the_manifest_are_placed() {
-    refused("numKeyValueHeads: 2", "numKeyValueHead: 2", &["job.yaml:5:", "spec.model.numKeyValueHead:", "did you mean numKeyValueHeads?"]);
+    refused(
+        "numKeyValueHeads: 2",
+        "numKeyValueHead: 2",
+        &["job.yaml:5:", "spec.model.numKeyValueHead:", "did you mean numKeyValueHeads?"],
+    );
     refused("numKeyValueHeads: 2", "numKeyValueHeads: 3", &["job.yaml:5:", "spec.model.numKeyValueHeads:"]);
     refused("hiddenSize: 32", "hiddenSize: thirty", &["job.yaml:5:", "spec.model.hiddenSize:", "integer"]);
     refused("hiddenSize: 32", "hiddenSize: 0", &["spec.model.hiddenSize:"]);
-    refused("globalBatchTokens: 512", "globalBatchTokens: 500", &["job.yaml:14:", "spec.training.globalBatchTokens:"]);
-    refused("microBatchTokens: 128", "microBatchTokens: 100", &["job.yaml:15:", "spec.training.microBatchTokens:"]);
+    refused(
+        "globalBatchTokens: 512",
+        "globalBatchTokens: 500",
+        &["job.yaml:14:", "spec.training.globalBatchTokens:"],
+    );
+    refused(
+        "microBatchTokens: 128",
+        "microBatchTokens: 100",
+        &["job.yaml:15:", "spec.training.microBatchTokens:"],
+    );
     refused("tokens: 20480\n  - name: large", "tokens: 10X\n  - name: large", &["spec.stages[0].tokens:"]);
     refused("factor: 2", "factor: 1", &["spec.stages[1].growth.factor:"]);
-    refused("operator: Stack, factor: 2", "operator: LayerMap, layerMap: {layers: [0, 5]}", &["spec.stages[1].growth", "5"]);
+    refused(
+        "operator: Stack, factor: 2",
+        "operator: LayerMap, layerMap: {layers: [0, 5]}",
+        &["spec.stages[1].growth", "5"],
+    );
     refused("  - name: large\n", "  - name: small\n", &["spec.stages[1].name:"]);
     refused("uri: \"file://./runs\"", "uri: \"ftp://x\"", &["job.yaml:11:", "spec.storage.uri:"]);
     refused("kind: GrowthTrainingJob", "kind: Job", &["kind", "GrowthTrainingJob"]);
@@ -38,8 +54,16 @@ fn mistakes_in_the_manifest_are_placed() {
 #[test]
 fn mistakes_in_the_data_name_the_source() {
     refused("file://./text/*.txt", "file://./texts/*.txt", &["spec.data.train[0].uri", "texts"]);
-    refused("holdOutPercent: 10", "validation: [{uri: \"file://./none.txt\"}]", &["spec.data.validation[0].uri", "none.txt"]);
-    refused("tokenizer: {train: {vocabSize: 320}}", "tokenizer: {uri: \"file://./tokenizer.json\"}\n  ", &["spec."]);
+    refused(
+        "holdOutPercent: 10",
+        "validation: [{uri: \"file://./none.txt\"}]",
+        &["spec.data.validation[0].uri", "none.txt"],
+    );
+    refused(
+        "tokenizer: {train: {vocabSize: 320}}",
+        "tokenizer: {uri: \"file://./tokenizer.json\"}\n  ",
+        &["spec."],
+    );
     refused("sequenceLength: 32", "sequenceLength: 64\n    precision: float16", &["spec.training.precision"]);
 }
 
@@ -85,12 +109,18 @@ fn a_tokenizer_that_does_not_fit_the_model_is_refused() {
 fn start_weights_of_another_shape_are_refused() {
     let folder = Folder::new(JOB);
     folder.run_ok(&["init", "job.yaml", "--stage", "small", "--out", "weights"]);
-    let fitting = JOB.replace("model: {numHiddenLayers: 2}", "model: {numHiddenLayers: 2}\n    initFrom: {uri: \"file://./weights\"}");
+    let fitting = JOB.replace(
+        "model: {numHiddenLayers: 2}",
+        "model: {numHiddenLayers: 2}\n    initFrom: {uri: \"file://./weights\"}",
+    );
     folder.write_job(&fitting.replace("intermediateSize: 80", "intermediateSize: 96"));
     let output = folder.run(&["run", "job.yaml"]);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
     let message = stderr(&output);
-    assert!(message.contains("spec.stages[0].initFrom") && message.contains("intermediate_size"), "{message}");
+    assert!(
+        message.contains("spec.stages[0].initFrom") && message.contains("intermediate_size"),
+        "{message}"
+    );
 
     folder.write_job(&fitting.replace("name: tiny", "name: fits"));
     folder.run_ok(&["run", "job.yaml"]);

@@ -43,7 +43,11 @@ fn kill_at_random(kills: u32, seed: u64) {
             hits += u32::from(run_and_kill(&folder, threads, delay));
         }
         folder.run_ok(&["run", "job.yaml", "--quiet"]);
-        assert_eq!(expected, ["small", "large"].map(|stage| folder.final_state(stage)), "seed {seed}, {hits} kills");
+        assert_eq!(
+            expected,
+            ["small", "large"].map(|stage| folder.final_state(stage)),
+            "seed {seed}, {hits} kills"
+        );
     }
     println!("{hits} kills, the same bits");
 }
@@ -67,7 +71,11 @@ fn a_finished_job_does_nothing() {
     folder.run_ok(&["run", "job.yaml"]);
     let before = folder.checkpoints("large");
     let output = folder.run(&["run", "job.yaml"]);
-    assert!(output.status.success() && stderr(&output).contains("is finished already"), "{}", stderr(&output));
+    assert!(
+        output.status.success() && stderr(&output).contains("is finished already"),
+        "{}",
+        stderr(&output)
+    );
     assert_eq!(before, folder.checkpoints("large"));
 }
 
@@ -84,7 +92,8 @@ fn interrupted_it_commits_where_it_stands() {
     }
     let newest = || folder.checkpoints("small").pop().unwrap();
     let before = newest();
-    let interrupt = std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let interrupt =
+        std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
     assert!(interrupt.success());
     let status = child.wait().unwrap();
     assert_eq!(status.code(), Some(130));

@@ -50,7 +50,9 @@ impl ModelConfig {
         let heads = u64::from(self.num_attention_heads);
         let layer = (2 * hidden + 2 * ffn + heads + 2).saturating_add(qkv).saturating_add(query);
         let layers = u64::from(self.num_hidden_layers).saturating_mul(layer);
-        let shared = (4 * hidden + ffn + 2).saturating_add(qkv.saturating_mul(2)).saturating_add(query.saturating_mul(2));
+        let shared = (4 * hidden + ffn + 2)
+            .saturating_add(qkv.saturating_mul(2))
+            .saturating_add(query.saturating_mul(2));
         let logits = rows.min(LOGIT_ROWS).saturating_mul(u64::from(self.vocab_size));
         let gains = rows.div_ceil(GAIN_ROWS).saturating_mul(hidden);
         rows.saturating_mul(layers.saturating_add(shared))

@@ -65,21 +65,12 @@ impl AsyncCheckpointer {
                 }
             }
         };
-        let thread = std::thread::Builder::new()
-            .name("checkpoint".to_owned())
-            .spawn(work);
+        let thread = std::thread::Builder::new().name("checkpoint".to_owned()).spawn(work);
         let thread = thread.map_err(|error| CheckpointError::Thread {
             problem: format!("could not be started: {error}"),
             last_good: describe(last_good.as_deref()),
         })?;
-        Ok(Self {
-            tasks: Some(tasks),
-            done,
-            thread: Some(thread),
-            snapshot,
-            outcome: None,
-            last_good,
-        })
+        Ok(Self { tasks: Some(tasks), done, thread: Some(thread), snapshot, outcome: None, last_good })
     }
 
     /// Waits for the checkpoint before, lets `fill` copy the state into the snapshot (which holds an older state),
@@ -139,13 +130,10 @@ impl AsyncCheckpointer {
     /// [`CheckpointError::Final`], which says from where training can go on.
     pub fn finish(&mut self) -> Result<Option<Committed>> {
         self.wait();
-        self.outcome
-            .take()
-            .transpose()
-            .map_err(|source| CheckpointError::Final {
-                last_good: describe(self.last_good.as_deref()),
-                source: Box::new(source),
-            })
+        self.outcome.take().transpose().map_err(|source| CheckpointError::Final {
+            last_good: describe(self.last_good.as_deref()),
+            source: Box::new(source),
+        })
     }
 
     fn wait(&mut self) {
@@ -201,10 +189,8 @@ impl Drop for AsyncCheckpointer {
 }
 
 fn describe(last_good: Option<&str>) -> String {
-    last_good.map_or_else(
-        || "the start of the stage (no checkpoint is committed yet)".to_owned(),
-        str::to_owned,
-    )
+    last_good
+        .map_or_else(|| "the start of the stage (no checkpoint is committed yet)".to_owned(), str::to_owned)
 }
 
 fn write(
@@ -215,19 +201,10 @@ fn write(
 ) -> Outcome {
     let location = &writer.location;
     // A write that failed may have filled the disk. If this fails too, the write below says why.
-    let _ = remove_unfinished(
-        &location.storage,
-        &location.job,
-        &location.stage,
-        location.attempt,
-    );
+    let _ = remove_unfinished(&location.storage, &location.job, &location.stage, location.attempt);
     let manifest = writer.write(snapshot, records)?;
     let warning = prune(&location.storage, &manifest, retention)
         .err()
         .map(|error| format!("old checkpoints were not deleted and take space: {error}"));
-    Ok(Committed {
-        uri: location.folder(manifest.step).uri().to_owned(),
-        manifest,
-        warning,
-    })
+    Ok(Committed { uri: location.folder(manifest.step).uri().to_owned(), manifest, warning })
 }

@@ -91,15 +91,9 @@ pub(super) fn read_config(folder: &Storage) -> Result<(ModelConfig, TokenIds)> {
 /// # Errors
 /// When it is no JSON, when a field is missing or wrong, or when it describes what this trainer cannot run.
 pub fn parse_config(uri: &str, bytes: &[u8]) -> Result<(ModelConfig, TokenIds)> {
-    let content: Map<String, Value> =
-        serde_json::from_slice(bytes).map_err(|error| CheckpointError::Format {
-            uri: uri.to_owned(),
-            problem: error.to_string(),
-        })?;
-    let fields = Fields {
-        uri,
-        content: &content,
-    };
+    let content: Map<String, Value> = serde_json::from_slice(bytes)
+        .map_err(|error| CheckpointError::Format { uri: uri.to_owned(), problem: error.to_string() })?;
+    let fields = Fields { uri, content: &content };
     fields.refuse_other_models()?;
     let heads = fields.count("num_attention_heads", None)?;
     let hidden = fields.count("hidden_size", None)?;
@@ -117,10 +111,9 @@ pub fn parse_config(uri: &str, bytes: &[u8]) -> Result<(ModelConfig, TokenIds)> 
         tie_word_embeddings: fields.flag("tie_word_embeddings")?,
     };
     if !heads.is_multiple_of(config.num_key_value_heads) {
-        return Err(fields.error(
-            "num_key_value_heads",
-            &format!("it must divide num_attention_heads ({heads})"),
-        ));
+        return Err(
+            fields.error("num_key_value_heads", &format!("it must divide num_attention_heads ({heads})"))
+        );
     }
     Ok((config, fields.token_ids()?))
 }
@@ -140,10 +133,7 @@ impl Fields<'_> {
         CheckpointError::Config {
             uri: self.uri.to_owned(),
             field: field.to_owned(),
-            found: self
-                .content
-                .get(field)
-                .map_or_else(|| "absent".to_owned(), Value::to_string),
+            found: self.content.get(field).map_or_else(|| "absent".to_owned(), Value::to_string),
             expected: expected.to_owned(),
         }
     }
@@ -153,10 +143,7 @@ impl Fields<'_> {
         let Some(value) = self.get(field) else {
             return default.ok_or_else(|| self.error(field, "a LLaMA needs it"));
         };
-        let count = value
-            .as_u64()
-            .and_then(|count| u32::try_from(count).ok())
-            .filter(|&count| count > 0);
+        let count = value.as_u64().and_then(|count| u32::try_from(count).ok()).filter(|&count| count > 0);
         count.ok_or_else(|| self.error(field, "it must be a positive whole number"))
     }
 
@@ -165,26 +152,19 @@ impl Fields<'_> {
             return Ok(None);
         };
         let number = value.as_f64().filter(|&number| number > 0.0);
-        number
-            .map(Some)
-            .ok_or_else(|| self.error(field, "it must be a positive number"))
+        number.map(Some).ok_or_else(|| self.error(field, "it must be a positive number"))
     }
 
     fn flag(&self, field: &str) -> Result<bool> {
         let Some(value) = self.get(field) else {
             return Ok(false);
         };
-        value
-            .as_bool()
-            .ok_or_else(|| self.error(field, "it must be true or false"))
+        value.as_bool().ok_or_else(|| self.error(field, "it must be true or false"))
     }
 
     fn refuse_other_models(&self) -> Result<()> {
         if self.get("model_type").and_then(Value::as_str) != Some("llama") {
-            return Err(self.error(
-                "model_type",
-                "this trainer runs models of the type \"llama\" only",
-            ));
+            return Err(self.error("model_type", "this trainer runs models of the type \"llama\" only"));
         }
         if self.get("hidden_act").is_some_and(|value| value != "silu") {
             return Err(self.error("hidden_act", "this trainer runs \"silu\" only"));
@@ -199,10 +179,9 @@ impl Fields<'_> {
             return Err(self.error("sliding_window", "this trainer runs full attention only"));
         }
         if self.get("quantization_config").is_some() {
-            return Err(self.error(
-                "quantization_config",
-                "this trainer needs weights that are not quantized",
-            ));
+            return Err(
+                self.error("quantization_config", "this trainer needs weights that are not quantized")
+            );
         }
         if self.get("pretraining_tp").is_some_and(|value| value != 1) {
             return Err(self.error("pretraining_tp", "this trainer runs 1 only"));
@@ -215,33 +194,19 @@ impl Fields<'_> {
         for field in ["rope_scaling", "rope_parameters"] {
             let Some(rope) = self.get(field) else { continue };
             let kind = rope.get("rope_type").or_else(|| rope.get("type"));
-            let partial = rope
-                .get("partial_rotary_factor")
-                .and_then(Value::as_f64)
-                .unwrap_or(1.0);
+            let partial = rope.get("partial_rotary_factor").and_then(Value::as_f64).unwrap_or(1.0);
             if kind.is_some_and(|kind| kind != "default") || partial != 1.0 || !rope.is_object() {
-                return Err(self.error(
-                    field,
-                    "this trainer runs plain rotary embeddings (\"default\") only",
-                ));
+                return Err(self.error(field, "this trainer runs plain rotary embeddings (\"default\") only"));
             }
         }
-        if self
-            .number("partial_rotary_factor")?
-            .is_some_and(|part| part != 1.0)
-        {
-            return Err(self.error(
-                "partial_rotary_factor",
-                "this trainer runs whole rotary embeddings only",
-            ));
+        if self.number("partial_rotary_factor")?.is_some_and(|part| part != 1.0) {
+            return Err(self.error("partial_rotary_factor", "this trainer runs whole rotary embeddings only"));
         }
         Ok(())
     }
 
     fn rope_theta(&self) -> Result<f64> {
-        let inside = self
-            .get("rope_parameters")
-            .and_then(|rope| rope.get("rope_theta"));
+        let inside = self.get("rope_parameters").and_then(|rope| rope.get("rope_theta"));
         match inside {
             Some(theta) => theta
                 .as_f64()
@@ -253,19 +218,15 @@ impl Fields<'_> {
 
     fn head_dim(&self, hidden: u32, heads: u32) -> Result<u32> {
         if self.get("head_dim").is_none() && !hidden.is_multiple_of(heads) {
-            return Err(self.error(
-                "head_dim",
-                "hidden_size is no multiple of num_attention_heads, so it is needed",
-            ));
+            return Err(
+                self.error("head_dim", "hidden_size is no multiple of num_attention_heads, so it is needed")
+            );
         }
         let head_dim = self.count("head_dim", Some((hidden / heads).max(1)))?;
         if head_dim.is_multiple_of(2) {
             return Ok(head_dim);
         }
-        Err(self.error(
-            "head_dim",
-            &format!("a head of width {head_dim} cannot be rotated: it must be even"),
-        ))
+        Err(self.error("head_dim", &format!("a head of width {head_dim} cannot be rotated: it must be even")))
     }
 
     fn token_ids(&self) -> Result<TokenIds> {
@@ -275,16 +236,12 @@ impl Fields<'_> {
                 .and_then(|id| u32::try_from(id).ok())
                 .ok_or_else(|| self.error(field, "it must be a token id"))
         };
-        let bos = self
-            .get("bos_token_id")
-            .map(|value| id("bos_token_id", value))
-            .transpose()?;
+        let bos = self.get("bos_token_id").map(|value| id("bos_token_id", value)).transpose()?;
         let eos = match self.get("eos_token_id") {
             None => Vec::new(),
-            Some(Value::Array(several)) => several
-                .iter()
-                .map(|value| id("eos_token_id", value))
-                .collect::<Result<_>>()?,
+            Some(Value::Array(several)) => {
+                several.iter().map(|value| id("eos_token_id", value)).collect::<Result<_>>()?
+            }
             Some(value) => vec![id("eos_token_id", value)?],
         };
         Ok(TokenIds { bos, eos })

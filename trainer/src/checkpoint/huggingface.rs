@@ -49,23 +49,13 @@ impl HuggingFaceFolder {
             Commit::No => None,
             Commit::Yes(manifest) => Some(*manifest),
             Commit::Damaged(problem) => {
-                return Err(CheckpointError::Damaged {
-                    uri: folder.uri().to_owned(),
-                    problem,
-                });
+                return Err(CheckpointError::Damaged { uri: folder.uri().to_owned(), problem });
             }
         };
         let (config, token_ids) = read_config(folder)?;
         let (weight_files, weight_map) = weight_files(folder)?;
         let tensors = TensorIndex::read(folder, &weight_files)?;
-        let opened = Self {
-            folder: folder.clone(),
-            config,
-            token_ids,
-            manifest,
-            weight_files,
-            tensors,
-        };
+        let opened = Self { folder: folder.clone(), config, token_ids, manifest, weight_files, tensors };
         opened.check_weight_map(&weight_map)?;
         opened.check_tensors()?;
         Ok(opened)
@@ -120,10 +110,7 @@ impl HuggingFaceFolder {
                 Ok::<(), CheckpointError>(())
             })?;
         }
-        Ok(TrainingState {
-            parameters,
-            ..TrainingState::default()
-        })
+        Ok(TrainingState { parameters, ..TrainingState::default() })
     }
 
     /// Digest of what the model is: the manifest's state digest, or else one over `config.json` and the weights.
@@ -153,11 +140,7 @@ impl HuggingFaceFolder {
     /// The moments' objects of a checkpoint.
     pub(crate) fn optimizer_files(&self) -> Vec<String> {
         let objects = self.manifest.iter().flat_map(|manifest| &manifest.objects);
-        objects
-            .map(|object| &object.name)
-            .filter(|name| is_optimizer_shard(name))
-            .cloned()
-            .collect()
+        objects.map(|object| &object.name).filter(|name| is_optimizer_shard(name)).cloned().collect()
     }
 
     pub(crate) fn digest_of_files(&self, done: &(dyn Fn(u64) + Sync)) -> Result<String> {
@@ -166,12 +149,7 @@ impl HuggingFaceFolder {
             .par_iter()
             .map(|&name| {
                 let (bytes, digest) = digest_object(&self.folder, name, done)?;
-                Ok(CheckpointObject {
-                    name: name.to_owned(),
-                    bytes,
-                    digest,
-                    state: true,
-                })
+                Ok(CheckpointObject { name: name.to_owned(), bytes, digest, state: true })
             })
             .collect::<Result<_>>()?;
         Ok(state_digest(&objects))
@@ -188,16 +166,9 @@ impl HuggingFaceFolder {
         let Some(manifest) = &self.manifest else {
             return Ok(());
         };
-        let damaged = |problem: Problem| {
-            Err(CheckpointError::Damaged {
-                uri: problem.uri,
-                problem: problem.problem,
-            })
-        };
-        if let Some(problem) = super::objects::check_manifest(&self.folder, manifest)
-            .into_iter()
-            .next()
-        {
+        let damaged =
+            |problem: Problem| Err(CheckpointError::Damaged { uri: problem.uri, problem: problem.problem });
+        if let Some(problem) = super::objects::check_manifest(&self.folder, manifest).into_iter().next() {
             return damaged(problem);
         }
         let mut objects = Vec::with_capacity(names.len());
@@ -205,10 +176,8 @@ impl HuggingFaceFolder {
             match manifest.objects.iter().find(|object| object.name == *name) {
                 Some(object) => objects.push(object),
                 None => {
-                    let (uri, problem) = (
-                        self.folder.uri_of(name),
-                        "its manifest does not list it".to_owned(),
-                    );
+                    let (uri, problem) =
+                        (self.folder.uri_of(name), "its manifest does not list it".to_owned());
                     return damaged(Problem { uri, problem });
                 }
             }
@@ -227,9 +196,7 @@ impl HuggingFaceFolder {
         if !self.config.tie_word_embeddings {
             return Ok(());
         }
-        let not_tied = || CheckpointError::HeadNotTied {
-            uri: self.folder.uri().to_owned(),
-        };
+        let not_tied = || CheckpointError::HeadNotTied { uri: self.folder.uri().to_owned() };
         if head.shape != embedding.shape || head.number_type != embedding.number_type {
             return Err(not_tied());
         }
@@ -242,10 +209,7 @@ impl HuggingFaceFolder {
             other.bytes = start + offset..start + offset + bytes;
             offset += bytes;
             other.read(&self.folder, piece, |embedding_piece| {
-                let equal = head_piece
-                    .iter()
-                    .zip(embedding_piece)
-                    .all(|(a, b)| a.to_bits() == b.to_bits());
+                let equal = head_piece.iter().zip(embedding_piece).all(|(a, b)| a.to_bits() == b.to_bits());
                 if equal { Ok(()) } else { Err(not_tied()) }
             })
         })
@@ -288,17 +252,10 @@ impl HuggingFaceFolder {
 fn weight_files(folder: &Storage) -> Result<(Vec<String>, BTreeMap<String, String>)> {
     if folder.head(MODEL_INDEX_FILE)?.is_some() {
         let uri = folder.uri_of(MODEL_INDEX_FILE);
-        let index: IndexFile = serde_json::from_slice(&folder.get(MODEL_INDEX_FILE)?).map_err(|error| {
-            CheckpointError::Format {
-                uri: uri.clone(),
-                problem: error.to_string(),
-            }
-        })?;
+        let index: IndexFile = serde_json::from_slice(&folder.get(MODEL_INDEX_FILE)?)
+            .map_err(|error| CheckpointError::Format { uri: uri.clone(), problem: error.to_string() })?;
         let files: BTreeSet<String> = index.weight_map.values().cloned().collect();
-        if let Some(outside) = files
-            .iter()
-            .find(|file| file.contains('/') || file.starts_with('.'))
-        {
+        if let Some(outside) = files.iter().find(|file| file.contains('/') || file.starts_with('.')) {
             return Err(CheckpointError::Format {
                 uri,
                 problem: format!("it names {outside} outside the folder"),

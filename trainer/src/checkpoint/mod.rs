@@ -67,12 +67,7 @@ impl TrainingState {
     /// All zeros, moments included.
     pub fn zeros(layout: &ParameterLayout) -> Self {
         let zeros = || vec![0.0; layout.total_len()];
-        Self {
-            parameters: zeros(),
-            exp_avg: zeros(),
-            exp_avg_sq: zeros(),
-            ..Self::default()
-        }
+        Self { parameters: zeros(), exp_avg: zeros(), exp_avg_sq: zeros(), ..Self::default() }
     }
 
     /// Whether there are moments.
@@ -93,10 +88,7 @@ pub struct ExtraFile {
 impl ExtraFile {
     /// An object of that name.
     pub fn new(name: impl Into<String>, bytes: impl Into<Bytes>) -> Self {
-        Self {
-            name: name.into(),
-            bytes: bytes.into(),
-        }
+        Self { name: name.into(), bytes: bytes.into() }
     }
 }
 

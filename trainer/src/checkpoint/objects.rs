@@ -57,33 +57,19 @@ pub(crate) struct HashingWriter {
 impl HashingWriter {
     pub(crate) fn new(folder: &Storage, name: &str) -> Result<Self> {
         let (uri, writer) = (folder.uri_of(name), folder.writer(name)?);
-        Ok(Self {
-            uri,
-            name: name.to_owned(),
-            writer,
-            hasher: blake3::Hasher::new(),
-            bytes: 0,
-        })
+        Ok(Self { uri, name: name.to_owned(), writer, hasher: blake3::Hasher::new(), bytes: 0 })
     }
 
     pub(crate) fn finish(self, state: bool) -> Result<CheckpointObject> {
         self.writer.finish()?;
         let digest = digest_text(self.hasher.finalize());
-        Ok(CheckpointObject {
-            name: self.name,
-            bytes: self.bytes,
-            digest,
-            state,
-        })
+        Ok(CheckpointObject { name: self.name, bytes: self.bytes, digest, state })
     }
 
     /// Appends bytes, in pieces: the upload waits for capacity between two of them, not inside one.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
         for piece in bytes.chunks(PIECE_BYTES) {
-            let error = |source| CheckpointError::Stream {
-                uri: self.uri.clone(),
-                source,
-            };
+            let error = |source| CheckpointError::Stream { uri: self.uri.clone(), source };
             self.writer.write_all(piece).map_err(error)?;
             self.hasher.update(piece);
             self.bytes += piece.len() as u64;
@@ -127,11 +113,7 @@ pub(crate) struct HashingReader {
 
 impl HashingReader {
     pub(crate) fn new(folder: &Storage, name: &str) -> Result<Self> {
-        Ok(Self {
-            reader: folder.reader(name)?,
-            uri: folder.uri_of(name),
-            hasher: blake3::Hasher::new(),
-        })
+        Ok(Self { reader: folder.reader(name)?, uri: folder.uri_of(name), hasher: blake3::Hasher::new() })
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -142,10 +124,7 @@ impl HashingReader {
     pub(crate) fn read_exact(&mut self, buffer: &mut [u8]) -> Result<()> {
         self.reader
             .read_exact(buffer)
-            .map_err(|source| CheckpointError::Stream {
-                uri: self.uri.clone(),
-                source,
-            })?;
+            .map_err(|source| CheckpointError::Stream { uri: self.uri.clone(), source })?;
         self.hasher.update(buffer);
         Ok(())
     }
@@ -191,10 +170,7 @@ pub(super) fn check_manifest(folder: &Storage, manifest: &CheckpointManifest) ->
     if manifest.digest == expected {
         return Vec::new();
     }
-    let problem = format!(
-        "its state digest is {}, but its objects give {expected}",
-        manifest.digest
-    );
+    let problem = format!("its state digest is {}, but its objects give {expected}", manifest.digest);
     vec![Problem { uri, problem }]
 }
 
@@ -204,10 +180,8 @@ pub(crate) fn verify_objects(
     objects: &[&CheckpointObject],
     done: &(dyn Fn(u64) + Sync),
 ) -> Result<Vec<Problem>> {
-    let found: Vec<Option<Problem>> = objects
-        .par_iter()
-        .map(|object| verify_object(folder, object, done))
-        .collect::<Result<_>>()?;
+    let found: Vec<Option<Problem>> =
+        objects.par_iter().map(|object| verify_object(folder, object, done)).collect::<Result<_>>()?;
     Ok(found.into_iter().flatten().collect())
 }
 
@@ -219,18 +193,12 @@ fn verify_object(
     let uri = folder.uri_of(&object.name);
     let found = match folder.head(&object.name)? {
         None => {
-            return Ok(Some(Problem {
-                uri,
-                problem: "the object is missing".to_owned(),
-            }));
+            return Ok(Some(Problem { uri, problem: "the object is missing".to_owned() }));
         }
         Some(entry) if entry.bytes != object.bytes => (entry.bytes, String::new()),
         Some(_) => match digest_object(folder, &object.name, done) {
             Err(CheckpointError::Storage(StorageError::NotFound { .. })) => {
-                return Ok(Some(Problem {
-                    uri,
-                    problem: "the object is missing".to_owned(),
-                }));
+                return Ok(Some(Problem { uri, problem: "the object is missing".to_owned() }));
             }
             found => found?,
         },

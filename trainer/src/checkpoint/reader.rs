@@ -55,21 +55,14 @@ impl Found {
 /// When the storage does not answer.
 pub fn list(storage: &Storage, job: &str, stage: &str) -> Result<Vec<Found>> {
     let folder = stage_folder(storage, job, stage);
-    let mut names: Vec<(u64, u32)> = folder
-        .folders()?
-        .iter()
-        .filter_map(|name| parse_folder_name(name))
-        .collect();
+    let mut names: Vec<(u64, u32)> =
+        folder.folders()?.iter().filter_map(|name| parse_folder_name(name)).collect();
     names.sort_unstable();
     let found = names.into_iter().map(|(step, attempt)| {
         let commit = commit_of(&folder.join(&folder_name(step, attempt)), |manifest| {
             (&*manifest.job, &*manifest.stage, manifest.step, manifest.attempt) == (job, stage, step, attempt)
         })?;
-        Ok(Found {
-            step,
-            attempt,
-            commit,
-        })
+        Ok(Found { step, attempt, commit })
     });
     found.collect()
 }
@@ -80,11 +73,7 @@ pub fn list(storage: &Storage, job: &str, stage: &str) -> Result<Vec<Found>> {
 /// When the storage does not answer.
 pub fn next_attempt(storage: &Storage, job: &str, stage: &str) -> Result<u32> {
     let folders = stage_folder(storage, job, stage).folders()?;
-    let largest = folders
-        .iter()
-        .filter_map(|name| parse_folder_name(name))
-        .map(|(_, attempt)| attempt)
-        .max();
+    let largest = folders.iter().filter_map(|name| parse_folder_name(name)).map(|(_, attempt)| attempt).max();
     Ok(largest.map_or(1, |attempt| attempt.saturating_add(1)))
 }
 
@@ -106,18 +95,10 @@ pub(crate) fn commit_of(folder: &Storage, belongs: impl Fn(&CheckpointManifest) 
         )));
     }
     if !belongs(&manifest) {
-        return Ok(Commit::Damaged(
-            "its manifest is the one of another checkpoint".to_owned(),
-        ));
+        return Ok(Commit::Damaged("its manifest is the one of another checkpoint".to_owned()));
     }
-    if manifest
-        .objects
-        .iter()
-        .any(|object| object.name.contains('/') || object.name.starts_with('.'))
-    {
-        return Ok(Commit::Damaged(
-            "its manifest names an object outside the folder".to_owned(),
-        ));
+    if manifest.objects.iter().any(|object| object.name.contains('/') || object.name.starts_with('.')) {
+        return Ok(Commit::Damaged("its manifest names an object outside the folder".to_owned()));
     }
     Ok(Commit::Yes(Box::new(manifest)))
 }
@@ -154,9 +135,7 @@ pub fn resume(
     layout: &ParameterLayout,
     warn: &mut dyn FnMut(String),
 ) -> Result<Option<(CheckpointManifest, TrainingState)>> {
-    newest_first(storage, job, stage, warn, |folder, manifest| {
-        load_from(folder, manifest, layout)
-    })
+    newest_first(storage, job, stage, warn, |folder, manifest| load_from(folder, manifest, layout))
 }
 
 /// The newest checkpoint that `attempt` does not find damaged.
@@ -205,11 +184,7 @@ fn load_from(
         .objects
         .iter()
         .partition(|object| is_model_shard(&object.name) || is_optimizer_shard(&object.name));
-    let problems = [
-        check_manifest(folder, manifest),
-        verify_objects(folder, &others, &|_| ())?,
-    ]
-    .concat();
+    let problems = [check_manifest(folder, manifest), verify_objects(folder, &others, &|_| ())?].concat();
     if let Some(Problem { uri, problem }) = problems.into_iter().next() {
         return Err(CheckpointError::Damaged { uri, problem });
     }
@@ -236,15 +211,8 @@ fn damage_of(folder: &Storage, object: &CheckpointObject) -> Result<Option<Check
 /// Reads and verifies `trainer_state.json`.
 pub(crate) fn read_trainer_state(folder: &Storage, manifest: &CheckpointManifest) -> Result<TrainerState> {
     let uri = folder.uri_of(TRAINER_STATE_FILE);
-    let damaged = |problem: String| CheckpointError::Damaged {
-        uri: uri.clone(),
-        problem,
-    };
-    let Some(object) = manifest
-        .objects
-        .iter()
-        .find(|object| object.name == TRAINER_STATE_FILE)
-    else {
+    let damaged = |problem: String| CheckpointError::Damaged { uri: uri.clone(), problem };
+    let Some(object) = manifest.objects.iter().find(|object| object.name == TRAINER_STATE_FILE) else {
         return Err(damaged("its manifest does not list it".to_owned()));
     };
     let bytes = folder.get(TRAINER_STATE_FILE)?;
@@ -254,9 +222,7 @@ pub(crate) fn read_trainer_state(folder: &Storage, manifest: &CheckpointManifest
     let position: TrainerState =
         serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
     if (position.step, position.tokens) != (manifest.step, manifest.tokens) {
-        return Err(damaged(
-            "its step or tokens are not those of the manifest".to_owned(),
-        ));
+        return Err(damaged("its step or tokens are not those of the manifest".to_owned()));
     }
     Ok(position)
 }
@@ -280,27 +246,15 @@ struct Loader<'a> {
 
 impl<'a> Loader<'a> {
     fn new(folder: &'a Storage, layout: &'a ParameterLayout) -> Self {
-        let state = TrainingState {
-            parameters: vec![0.0; layout.total_len()],
-            ..TrainingState::default()
-        };
-        Self {
-            folder,
-            layout,
-            state,
-            seen: HashSet::new(),
-            piece: Vec::new(),
-        }
+        let state = TrainingState { parameters: vec![0.0; layout.total_len()], ..TrainingState::default() };
+        Self { folder, layout, state, seen: HashSet::new(), piece: Vec::new() }
     }
 
     /// Reads one object from front to back, and its digest with it.
     fn object(&mut self, object: &CheckpointObject) -> Result<()> {
         let tensors = read_header(self.folder, &object.name)?;
         let mut reader = HashingReader::new(self.folder, &object.name)?;
-        let data: u64 = tensors
-            .iter()
-            .map(|(_, place)| place.bytes.end - place.bytes.start)
-            .sum();
+        let data: u64 = tensors.iter().map(|(_, place)| place.bytes.end - place.bytes.start).sum();
         let mut header = vec![0; (reader.bytes() - data) as usize];
         reader.read_exact(&mut header)?;
         for (name, place) in &tensors {
@@ -318,10 +272,7 @@ impl<'a> Loader<'a> {
         }
         match object_problem(object, reader.bytes(), &reader.digest()) {
             None => Ok(()),
-            Some(problem) => Err(CheckpointError::Damaged {
-                uri: self.folder.uri_of(&object.name),
-                problem,
-            }),
+            Some(problem) => Err(CheckpointError::Damaged { uri: self.folder.uri_of(&object.name), problem }),
         }
     }
 
@@ -332,13 +283,10 @@ impl<'a> Loader<'a> {
             Some((tensor, "exp_avg_sq")) => (tensor, Part::ExpAvgSq),
             _ => (name, Part::Parameters),
         };
-        let tensor = self
-            .layout
-            .find(tensor)
-            .ok_or_else(|| CheckpointError::UnknownTensor {
-                uri: self.folder.uri_of(object),
-                tensor: name.to_owned(),
-            })?;
+        let tensor = self.layout.find(tensor).ok_or_else(|| CheckpointError::UnknownTensor {
+            uri: self.folder.uri_of(object),
+            tensor: name.to_owned(),
+        })?;
         Ok((tensor, part))
     }
 

@@ -31,9 +31,7 @@ pub fn prune(storage: &Storage, written: &CheckpointManifest, retention: &Retent
         .iter()
         .filter(|found| found.committed().is_some() && (found.step, found.attempt) <= newest)
         .collect();
-    let surplus = committed
-        .len()
-        .saturating_sub(retention.keep_last.max(1) as usize);
+    let surplus = committed.len().saturating_sub(retention.keep_last.max(1) as usize);
     let surplus = committed[..surplus].iter().copied();
     let names: Vec<String> = surplus
         .chain(unfinished(&found, written.attempt))
@@ -61,9 +59,7 @@ pub fn remove_unfinished(storage: &Storage, job: &str, stage: &str, attempt: u32
 }
 
 fn unfinished(found: &[Found], attempt: u32) -> impl Iterator<Item = &Found> {
-    found
-        .iter()
-        .filter(move |found| found.commit == Commit::No && found.attempt <= attempt)
+    found.iter().filter(move |found| found.commit == Commit::No && found.attempt <= attempt)
 }
 
 /// The manifest goes first, so that a half-deleted checkpoint is not taken for one.

@@ -123,10 +123,7 @@ impl TensorIndex {
             for (name, place) in read_header(folder, object)? {
                 if places.insert(name.clone(), place).is_some() {
                     let problem = format!("its tensor {name} is in another file too");
-                    return Err(CheckpointError::Format {
-                        uri: folder.uri_of(object),
-                        problem,
-                    });
+                    return Err(CheckpointError::Format { uri: folder.uri_of(object), problem });
                 }
             }
         }
@@ -173,9 +170,7 @@ impl TensorPlace {
         let mut start = self.bytes.start;
         while start < self.bytes.end {
             let end = self.bytes.end.min(start + PIECE_BYTES as u64);
-            let bytes = folder
-                .get_range(&self.object, start..end)
-                .map_err(CheckpointError::from)?;
+            let bytes = folder.get_range(&self.object, start..end).map_err(CheckpointError::from)?;
             buffer.resize(bytes.len() / self.number_type.bytes(), 0.0);
             self.number_type.decode(&bytes, buffer);
             sink(buffer)?;
@@ -188,25 +183,15 @@ impl TensorPlace {
 /// Reads and checks the header of one object: its tensors by name, in the order of their data.
 pub(crate) fn read_header(folder: &Storage, object: &str) -> Result<Vec<(String, TensorPlace)>> {
     let uri = folder.uri_of(object);
-    let format = |problem: String| CheckpointError::Format {
-        uri: uri.clone(),
-        problem,
-    };
+    let format = |problem: String| CheckpointError::Format { uri: uri.clone(), problem };
     let Some(entry) = folder.head(object)? else {
         return Err(crate::storage::StorageError::NotFound { uri }.into());
     };
     if entry.bytes < LENGTH_BYTES {
-        return Err(format(format!(
-            "it has {} bytes, too few for a safetensors header",
-            entry.bytes
-        )));
+        return Err(format(format!("it has {} bytes, too few for a safetensors header", entry.bytes)));
     }
     let length = folder.get_range(object, 0..LENGTH_BYTES)?;
-    let length = length
-        .as_chunks::<8>()
-        .0
-        .first()
-        .map_or(0, |raw| u64::from_le_bytes(*raw));
+    let length = length.as_chunks::<8>().0.first().map_or(0, |raw| u64::from_le_bytes(*raw));
     if length > LONGEST_HEADER.min(entry.bytes - LENGTH_BYTES) {
         return Err(format(format!(
             "its header claims {length} bytes, more than the file has or the format allows"
@@ -225,10 +210,7 @@ fn parse_header(
     total: u64,
 ) -> Result<Vec<(String, TensorPlace)>> {
     let uri = folder.uri_of(object);
-    let format = |problem: String| CheckpointError::Format {
-        uri: uri.clone(),
-        problem,
-    };
+    let format = |problem: String| CheckpointError::Format { uri: uri.clone(), problem };
     let mut header: BTreeMap<String, serde_json::Value> =
         serde_json::from_slice(json).map_err(|error| format(format!("its header is not JSON: {error}")))?;
     header.remove("__metadata__");
@@ -251,30 +233,18 @@ fn parse_header(
         let len = entry
             .shape
             .iter()
-            .try_fold(number_type.bytes() as u64, |len, &side| {
-                len.checked_mul(side as u64)
-            });
+            .try_fold(number_type.bytes() as u64, |len, &side| len.checked_mul(side as u64));
         let [start, stop] = entry.data_offsets;
         if start != end || len != stop.checked_sub(start) {
             return Err(format(format!("the data of {name} is not where its header says")));
         }
         end = stop;
         let bytes = data.saturating_add(start)..data.saturating_add(stop);
-        places.push((
-            name,
-            TensorPlace {
-                object: object.to_owned(),
-                number_type,
-                shape: entry.shape,
-                bytes,
-            },
-        ));
+        places
+            .push((name, TensorPlace { object: object.to_owned(), number_type, shape: entry.shape, bytes }));
     }
     if data.saturating_add(end) != total {
-        let problem = format!(
-            "it has {total} bytes, but its header describes {}",
-            data.saturating_add(end)
-        );
+        let problem = format!("it has {total} bytes, but its header describes {}", data.saturating_add(end));
         return Err(format(problem));
     }
     Ok(places)

@@ -34,9 +34,7 @@ pub(crate) fn vector(layout: &ParameterLayout, seed: u64) -> Vec<f32> {
     let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
     for tensor in layout.tensors() {
         for number in &mut vector[tensor.range()] {
-            random = random
-                .wrapping_mul(6_364_136_223_846_793_005)
-                .wrapping_add(1_442_695_040_888_963_407);
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             // No NaN: it is not equal to itself.
             *number = f32::from_bits((random >> 32) as u32 & 0xBFFF_FFFF);
         }
@@ -56,30 +54,15 @@ pub(crate) fn state(layout: &ParameterLayout, step: u64) -> TrainingState {
 }
 
 pub(crate) fn location(storage: &Storage, stage: &str, attempt: u32) -> CheckpointLocation {
-    CheckpointLocation {
-        storage: storage.clone(),
-        job: "job".to_owned(),
-        stage: stage.to_owned(),
-        attempt,
-    }
+    CheckpointLocation { storage: storage.clone(), job: "job".to_owned(), stage: stage.to_owned(), attempt }
 }
 
 /// Writes many small objects.
 pub(crate) fn writer(storage: &Storage, attempt: u32, config: &ModelConfig) -> CheckpointWriter {
-    let files = vec![
-        ExtraFile::new("tokenizer.json", "{}"),
-        ExtraFile::new("tokenizer_config.json", "{}\n"),
-    ];
-    let token_ids = TokenIds {
-        bos: Some(1),
-        eos: vec![2],
-    };
-    let mut writer = CheckpointWriter::new(
-        location(storage, "small", attempt),
-        config.clone(),
-        token_ids,
-        files,
-    );
+    let files = vec![ExtraFile::new("tokenizer.json", "{}"), ExtraFile::new("tokenizer_config.json", "{}\n")];
+    let token_ids = TokenIds { bos: Some(1), eos: vec![2] };
+    let mut writer =
+        CheckpointWriter::new(location(storage, "small", attempt), config.clone(), token_ids, files);
     writer.shard_bytes = 4000;
     writer
 }
@@ -87,10 +70,5 @@ pub(crate) fn writer(storage: &Storage, attempt: u32, config: &ModelConfig) -> C
 /// Every object below a prefix, with its content.
 pub(crate) fn contents(storage: &Storage) -> BTreeMap<String, Vec<u8>> {
     let content = |name: String| (name.clone(), storage.get(&name).unwrap().to_vec());
-    storage
-        .list()
-        .unwrap()
-        .into_iter()
-        .map(|entry| content(entry.name))
-        .collect()
+    storage.list().unwrap().into_iter().map(|entry| content(entry.name)).collect()
 }

@@ -50,10 +50,7 @@ impl CheckpointLocation {
     /// count their attempts by themselves, so step 0 says nothing.
     fn refuse_if_superseded(&self, folder: &Storage) -> Result<()> {
         let names = stage_folder(&self.storage, &self.job, &self.stage).folders()?;
-        let attempts = names
-            .iter()
-            .filter_map(|name| parse_folder_name(name))
-            .filter(|(step, _)| *step > 0);
+        let attempts = names.iter().filter_map(|name| parse_folder_name(name)).filter(|(step, _)| *step > 0);
         match attempts.map(|(_, attempt)| attempt).max() {
             Some(newer) if newer > self.attempt => {
                 let (uri, attempt) = (folder.uri().to_owned(), self.attempt);
@@ -90,14 +87,7 @@ impl CheckpointWriter {
         files: Vec<ExtraFile>,
     ) -> Self {
         let layout = ParameterLayout::new(&config);
-        Self {
-            location,
-            config,
-            layout,
-            token_ids,
-            files,
-            shard_bytes: DEFAULT_SHARD_BYTES,
-        }
+        Self { location, config, layout, token_ids, files, shard_bytes: DEFAULT_SHARD_BYTES }
     }
 
     /// Writes and commits a checkpoint. `records` are objects about it that are not part of the state. Until the
@@ -156,20 +146,11 @@ impl CheckpointWriter {
 
     fn check(&self, state: &TrainingState) -> Result<()> {
         let expected = self.layout.total_len();
-        let moments = [
-            ("first moments", &state.exp_avg),
-            ("second moments", &state.exp_avg_sq),
-        ];
-        let moments = moments
-            .into_iter()
-            .filter(|_| state.has_moments() || !state.exp_avg_sq.is_empty());
+        let moments = [("first moments", &state.exp_avg), ("second moments", &state.exp_avg_sq)];
+        let moments = moments.into_iter().filter(|_| state.has_moments() || !state.exp_avg_sq.is_empty());
         for (buffer, vector) in [("parameters", &state.parameters)].into_iter().chain(moments) {
             if vector.len() != expected {
-                return Err(CheckpointError::WrongLength {
-                    buffer,
-                    found: vector.len(),
-                    expected,
-                });
+                return Err(CheckpointError::WrongLength { buffer, found: vector.len(), expected });
             }
         }
         Ok(())
@@ -187,11 +168,7 @@ impl CheckpointWriter {
     fn write_moments(&self, folder: &Storage, state: &TrainingState) -> Result<Vec<CheckpointObject>> {
         let shards = ShardSet::new("optimizer", moment_specs(&self.layout), self.shard_bytes);
         shards.write(folder, |index, _, writer| {
-            let moment = if index % 2 == 0 {
-                &state.exp_avg
-            } else {
-                &state.exp_avg_sq
-            };
+            let moment = if index % 2 == 0 { &state.exp_avg } else { &state.exp_avg_sq };
             writer.write_numbers(&moment[self.layout.tensors()[index / 2].range()])
         })
     }
@@ -199,15 +176,8 @@ impl CheckpointWriter {
 
 /// The tensors of the weights' objects.
 pub(crate) fn model_specs(layout: &ParameterLayout) -> Vec<TensorSpec> {
-    let spec = |name: &String, shape: &Vec<usize>| TensorSpec {
-        name: name.clone(),
-        shape: shape.clone(),
-    };
-    layout
-        .tensors()
-        .iter()
-        .map(|tensor| spec(&tensor.name, &tensor.shape))
-        .collect()
+    let spec = |name: &String, shape: &Vec<usize>| TensorSpec { name: name.clone(), shape: shape.clone() };
+    layout.tensors().iter().map(|tensor| spec(&tensor.name, &tensor.shape)).collect()
 }
 
 /// The tensors of the moments' objects, first and second in turn: whole, so that they do not depend on how many processes trained.
@@ -225,9 +195,7 @@ pub(crate) fn moment_specs(layout: &ParameterLayout) -> Vec<TensorSpec> {
 pub(crate) fn refuse_if_committed(folder: &Storage) -> Result<()> {
     match commit_of(folder, |_| true)? {
         Commit::No => Ok(()),
-        _ => Err(CheckpointError::AlreadyCommitted {
-            uri: folder.uri().to_owned(),
-        }),
+        _ => Err(CheckpointError::AlreadyCommitted { uri: folder.uri().to_owned() }),
     }
 }
 
@@ -245,10 +213,7 @@ pub(crate) fn put_small_objects(
     contents.extend(files.iter().map(|file| (file.name.as_str(), file.bytes.clone())));
     // The configuration is what the weights mean: it is part of the state, and always ours.
     contents.insert(CONFIG_FILE, config_json(config, token_ids));
-    contents
-        .into_iter()
-        .map(|(name, bytes)| put_object(folder, name, bytes, name == CONFIG_FILE))
-        .collect()
+    contents.into_iter().map(|(name, bytes)| put_object(folder, name, bytes, name == CONFIG_FILE)).collect()
 }
 
 /// Writes `trainer_state.json`.
@@ -258,11 +223,7 @@ pub(crate) fn put_trainer_state(
     tokens: u64,
     optimizer_step: u64,
 ) -> Result<CheckpointObject> {
-    let content = json!(TrainerState {
-        step,
-        tokens,
-        optimizer_step
-    });
+    let content = json!(TrainerState { step, tokens, optimizer_step });
     put_object(folder, TRAINER_STATE_FILE, pretty(content), true)
 }
 
@@ -291,11 +252,7 @@ impl ShardSet {
         }
         let count = ranges.len();
         let name = |index| shard_name(kind, index + 1, count);
-        let shards = ranges
-            .into_iter()
-            .enumerate()
-            .map(|(index, range)| (name(index), range))
-            .collect();
+        let shards = ranges.into_iter().enumerate().map(|(index, range)| (name(index), range)).collect();
         Self { tensors, shards }
     }
 
@@ -370,30 +327,24 @@ impl Commitment {
         };
         match folder.create(MANIFEST_FILE, pretty(json!(manifest))) {
             Ok(()) => Ok(manifest),
-            Err(StorageError::AlreadyExists { .. }) => Err(CheckpointError::AlreadyCommitted {
-                uri: folder.uri().to_owned(),
-            }),
+            Err(StorageError::AlreadyExists { .. }) => {
+                Err(CheckpointError::AlreadyCommitted { uri: folder.uri().to_owned() })
+            }
             Err(error) => Err(error.into()),
         }
     }
 }
 
 fn confirm_sizes(folder: &Storage, objects: &[CheckpointObject]) -> Result<()> {
-    let stored: BTreeMap<String, u64> = folder
-        .list()?
-        .into_iter()
-        .map(|entry| (entry.name, entry.bytes))
-        .collect();
+    let stored: BTreeMap<String, u64> =
+        folder.list()?.into_iter().map(|entry| (entry.name, entry.bytes)).collect();
     for object in objects {
         let problem = match stored.get(&object.name) {
             Some(&bytes) if bytes == object.bytes => continue,
             Some(bytes) => format!("{bytes} of its {} bytes arrived", object.bytes),
             None => "it did not arrive".to_owned(),
         };
-        return Err(CheckpointError::Damaged {
-            uri: folder.uri_of(&object.name),
-            problem,
-        });
+        return Err(CheckpointError::Damaged { uri: folder.uri_of(&object.name), problem });
     }
     Ok(())
 }

@@ -37,8 +37,9 @@ fn list(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
     let mut rows = Vec::new();
     for stage in &loaded.plan.stages {
         for found in checkpoint::list(&storage, &stage.job, &stage.stage)? {
-            let size: u64 =
-                found.committed().map_or(0, |manifest| manifest.objects.iter().map(|object| object.bytes).sum());
+            let size: u64 = found
+                .committed()
+                .map_or(0, |manifest| manifest.objects.iter().map(|object| object.bytes).sum());
             rows.push(serde_json::json!({
                 "stage": stage.stage,
                 "step": found.step,
@@ -84,14 +85,22 @@ fn verify(uri: &str, options: &Options) -> anyhow::Result<End> {
     let folder = Storage::open(uri, &StorageOptions::default())?;
     let opened = HuggingFaceFolder::open(&folder)?;
     let Some(manifest) = opened.manifest() else {
-        anyhow::bail!("{uri} has no manifest.json: it is not committed, or not a checkpoint of growth-trainer");
+        anyhow::bail!(
+            "{uri} has no manifest.json: it is not committed, or not a checkpoint of growth-trainer"
+        );
     };
     let problems = checkpoint::verify(&folder, manifest)?;
     if options.json {
-        let problems: Vec<String> = problems.iter().map(|problem| format!("{}: {}", problem.uri, problem.problem)).collect();
+        let problems: Vec<String> =
+            problems.iter().map(|problem| format!("{}: {}", problem.uri, problem.problem)).collect();
         print_json(&serde_json::json!({ "digest": manifest.digest, "problems": problems }))?;
     } else if problems.is_empty() {
-        println!("{uri} is good: {} objects, step {}, state {}", manifest.objects.len(), manifest.step, manifest.digest);
+        println!(
+            "{uri} is good: {} objects, step {}, state {}",
+            manifest.objects.len(),
+            manifest.step,
+            manifest.digest
+        );
     } else {
         for problem in &problems {
             println!("{}: {}", problem.uri, problem.problem);

@@ -2,9 +2,10 @@
 
 use super::{End, Options, load_job, plan::find_stage, print_json};
 use comfy_table::{Table, presets};
-use growth_trainer::data::{Dataset, TrainingOrder};
+use growth_trainer::data::Dataset;
 use growth_trainer::job;
 use growth_trainer::progress::{bytes, count};
+use growth_trainer::training::stage::training_order;
 use safetensors::tensor::{Dtype, TensorView};
 use std::path::PathBuf;
 
@@ -41,7 +42,10 @@ pub fn run(command: &Command, options: &Options) -> anyhow::Result<End> {
     }
 }
 
-fn open(path: &std::path::Path, options: &Options) -> anyhow::Result<(growth_trainer::job_file::LoadedJob, Dataset)> {
+fn open(
+    path: &std::path::Path,
+    options: &Options,
+) -> anyhow::Result<(growth_trainer::job_file::LoadedJob, Dataset)> {
     let loaded = load_job(path)?;
     let storage = job::open_storage(&loaded.job.spec.storage)?;
     let dataset = job::prepare_data(&loaded.plan, &storage, &mut options.reporter())?;
@@ -51,7 +55,9 @@ fn open(path: &std::path::Path, options: &Options) -> anyhow::Result<(growth_tra
 fn prepare(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
     let (_, dataset) = open(path, options)?;
     if options.json {
-        print_json(&serde_json::json!({ "digest": dataset.digest(), "parts": dataset.parts().collect::<Vec<_>>() }))?;
+        print_json(
+            &serde_json::json!({ "digest": dataset.digest(), "parts": dataset.parts().collect::<Vec<_>>() }),
+        )?;
         return Ok(End::Done);
     }
     let mut table = Table::new();
@@ -83,7 +89,7 @@ fn batches(
     let training = &plan.training;
     let steps = steps.unwrap_or(plan.steps).min(plan.steps) as usize;
     let (batch, sequence) = (training.global_batch_tokens as usize, training.sequence_length as usize);
-    let order = TrainingOrder::new(&dataset, &plan.data.train, training.sequence_length, training.seed)?;
+    let order = training_order(plan, &dataset)?;
     let (mut inputs, mut targets) = (vec![0u32; steps * batch], vec![0u32; steps * batch]);
     let first_sample = plan.first_token / sequence as u64;
     dataset.batch(&order, first_sample, &mut inputs, &mut targets)?;

@@ -53,7 +53,8 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
 }
 
 fn text_loss(model: &LoadedModel, arguments: &Arguments) -> anyhow::Result<Loss> {
-    let json = model.tokenizer_json().with_context(|| format!("{} has no tokenizer.json", arguments.checkpoint))?;
+    let json =
+        model.tokenizer_json().with_context(|| format!("{} has no tokenizer.json", arguments.checkpoint))?;
     let tokenizer = Tokenizer::from_json(std::str::from_utf8(json)?, None)?;
     let source = DataSource {
         uri: absolute(arguments.text.as_deref().unwrap_or_default()),

@@ -32,7 +32,8 @@ pub struct Arguments {
 /// Prints the continued text.
 pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     let model = LoadedModel::open(&Storage::open(&arguments.checkpoint, &StorageOptions::default())?)?;
-    let json = model.tokenizer_json().with_context(|| format!("{} has no tokenizer.json", arguments.checkpoint))?;
+    let json =
+        model.tokenizer_json().with_context(|| format!("{} has no tokenizer.json", arguments.checkpoint))?;
     let tokenizer = Tokenizer::from_json(std::str::from_utf8(json)?, None)?;
     let mut prompt = tokenizer.encode(&arguments.prompt)?;
     if prompt.is_empty() {

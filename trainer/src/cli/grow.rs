@@ -4,7 +4,7 @@ use super::{End, Options, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::{GrowthOperator, GrowthPlan, OptimizerStatePolicy, StageStart, growth_map};
 use growth_trainer::checkpoint::{self, CheckpointLocation, HuggingFaceFolder};
-use growth_trainer::growth::{self, GrowthTarget, GrownCheckpoint};
+use growth_trainer::growth::{self, GrownCheckpoint, GrowthTarget};
 use growth_trainer::job;
 use growth_trainer::progress::{Reporter, Unit};
 use growth_trainer::storage::{Storage, StorageOptions};
@@ -68,12 +68,18 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
 }
 
 fn grow_folder(arguments: &Arguments, reporter: &mut Reporter) -> anyhow::Result<GrownCheckpoint> {
-    let (Some(from), Some(to)) = (&arguments.from, &arguments.to) else { bail!("give --from and --to, or --plan") };
+    let (Some(from), Some(to)) = (&arguments.from, &arguments.to) else {
+        bail!("give --from and --to, or --plan")
+    };
     let source = Storage::open(from, &StorageOptions::default())?;
     let layers = HuggingFaceFolder::open(&source)?.config().num_hidden_layers;
     let plan = GrowthPlan {
         from_stage: "source".to_owned(),
-        operator: if arguments.operator == "Stack" { GrowthOperator::Stack } else { GrowthOperator::LayerMap },
+        operator: if arguments.operator == "Stack" {
+            GrowthOperator::Stack
+        } else {
+            GrowthOperator::LayerMap
+        },
         layers: layer_map(arguments, layers)?,
         optimizer_state: match arguments.keep_optimizer_state {
             true => OptimizerStatePolicy::Keep,
@@ -108,8 +114,10 @@ fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result
     };
     let storage = job::open_storage(&plan.storage)?;
     let mut warn = |text: String| eprintln!("warning: {text}");
-    let source = checkpoint::latest_valid(&storage, &plan.job, &growth.from_stage, &mut warn)?
-        .with_context(|| format!("stage {} has no checkpoint to grow from; train it first", growth.from_stage))?;
+    let source =
+        checkpoint::latest_valid(&storage, &plan.job, &growth.from_stage, &mut warn)?.with_context(|| {
+            format!("stage {} has no checkpoint to grow from; train it first", growth.from_stage)
+        })?;
     let location = CheckpointLocation {
         storage: storage.clone(),
         job: plan.job.clone(),

@@ -32,7 +32,12 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     };
     let layout = ParameterLayout::new(&plan.model);
     let parameters = initialize(&plan.model, *initializer, plan.training.seed);
-    let state = TrainingState { parameters, exp_avg: Vec::new(), exp_avg_sq: Vec::new(), ..TrainingState::zeros(&layout) };
+    let state = TrainingState {
+        parameters,
+        exp_avg: Vec::new(),
+        exp_avg_sq: Vec::new(),
+        ..TrainingState::zeros(&layout)
+    };
     let folder = Storage::open(&arguments.out, &StorageOptions::default())?;
     let location = CheckpointLocation {
         storage: folder.clone(),
@@ -40,7 +45,8 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
         stage: plan.stage.clone(),
         attempt: 0,
     };
-    CheckpointWriter::new(location, plan.model.clone(), TokenIds::default(), Vec::new()).export(&folder, &state)?;
+    CheckpointWriter::new(location, plan.model.clone(), TokenIds::default(), Vec::new())
+        .export(&folder, &state)?;
     if options.json {
         print_json(&serde_json::json!({ "uri": folder.uri() }))?;
     } else {

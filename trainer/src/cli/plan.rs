@@ -55,7 +55,15 @@ fn table(plan: &JobPlan) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header([
-        "STAGE", "LAYERS", "PARAMETERS", "NON-EMBEDDING", "TOKENS", "STEPS", "6ND FLOPS", "FLOPS", "MEMORY",
+        "STAGE",
+        "LAYERS",
+        "PARAMETERS",
+        "NON-EMBEDDING",
+        "TOKENS",
+        "STEPS",
+        "6ND FLOPS",
+        "FLOPS",
+        "MEMORY",
     ]);
     for stage in &plan.stages {
         table.add_row([

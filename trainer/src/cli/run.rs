@@ -62,7 +62,8 @@ fn finish(loaded: &LoadedJob, storage: &Storage, options: &Options) -> anyhow::R
 
 /// A few lines that the trained model writes after the beginning of a validation text.
 fn print_sample(loaded: &LoadedJob, storage: &Storage, checkpoint: &str) -> anyhow::Result<()> {
-    let model = LoadedModel::open(&Storage::open(checkpoint, &job::storage_options(&loaded.job.spec.storage))?)?;
+    let model =
+        LoadedModel::open(&Storage::open(checkpoint, &job::storage_options(&loaded.job.spec.storage))?)?;
     let Some(json) = model.tokenizer_json() else { return Ok(()) };
     let separator = loaded.job.spec.data.document_separator.as_deref();
     let tokenizer = Tokenizer::from_json(std::str::from_utf8(json)?, separator)?;
@@ -78,6 +79,6 @@ fn print_sample(loaded: &LoadedJob, storage: &Storage, checkpoint: &str) -> anyh
 fn prompt(loaded: &LoadedJob, storage: &Storage) -> anyhow::Result<Vec<u32>> {
     let mut reporter = growth_trainer::progress::Reporter::quiet();
     let dataset = job::prepare_data(&loaded.plan, storage, &mut reporter)?;
-    let (ids, _) = dataset.validation_sequences(loaded.job.spec.training.sequence_length, 1)?;
+    let (ids, _) = dataset.validation_tokens(loaded.job.spec.training.sequence_length as usize, 1)?;
     Ok(ids.into_iter().take(PROMPT_TOKENS).collect())
 }

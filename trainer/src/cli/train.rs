@@ -40,6 +40,9 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
 pub fn read_plan(path: &Path) -> anyhow::Result<StagePlan> {
     let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     serde_json::from_slice(&text).with_context(|| {
-        format!("{} is not a plan file; write one with growth-trainer plan JOB --stage NAME -o FILE", path.display())
+        format!(
+            "{} is not a plan file; write one with growth-trainer plan JOB --stage NAME -o FILE",
+            path.display()
+        )
     })
 }

@@ -136,7 +136,9 @@ impl Merger {
             *word = replaced;
         }
         self.pair_counts.remove(&pair);
-        self.queue.extend(grown.into_iter().filter_map(|pair| Some((*self.pair_counts.get(&pair)?, Reverse(pair)))));
+        self.queue.extend(
+            grown.into_iter().filter_map(|pair| Some((*self.pair_counts.get(&pair)?, Reverse(pair)))),
+        );
     }
 
     /// The id of the joined token, new or, when another pair spells the same, known.
@@ -152,7 +154,8 @@ impl Merger {
 
     fn json(&self) -> Value {
         let text = |id: u32| &self.tokens[id as usize];
-        let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+        let byte_level =
+            json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
         json!({
             "version": "1.0",
             "truncation": null,
@@ -202,7 +205,8 @@ mod tests {
     use super::*;
 
     fn tokens(text: &str, vocab_size: u32) -> Vec<String> {
-        let json: Value = serde_json::from_str(&train(count_words(text).unwrap(), vocab_size).unwrap()).unwrap();
+        let json: Value =
+            serde_json::from_str(&train(count_words(text).unwrap(), vocab_size).unwrap()).unwrap();
         let vocab = json["model"]["vocab"].as_object().unwrap();
         let mut tokens = vec![String::new(); vocab.len()];
         for (token, id) in vocab {
@@ -226,7 +230,8 @@ mod tests {
     #[test]
     fn agrees_with_the_encoder() {
         // Every word of the training text is encoded as the training left it: the merges are complete and in order.
-        let text = "banana bandana ananas abcabc aabcbc abab baba aaaa aaaaa the then there other bother ".repeat(3);
+        let text =
+            "banana bandana ananas abcabc aabcbc abab baba aaaa aaaaa the then there other bother ".repeat(3);
         let counts = count_words(&text).unwrap();
         let mut merger = Merger::new(counts);
         while merger.tokens.len() < 330 && merger.merge_most_frequent() {}

@@ -207,15 +207,18 @@ impl SourceFile<'_> {
     }
 
     fn text_of_line(&self, line: &[u8]) -> Result<Option<String>, String> {
-        let line = std::str::from_utf8(line)
-            .map_err(|error| format!("not UTF-8 from byte {} on; convert the file", error.valid_up_to() + 1))?;
+        let line = std::str::from_utf8(line).map_err(|error| {
+            format!("not UTF-8 from byte {} on; convert the file", error.valid_up_to() + 1)
+        })?;
         let mut names = Vec::new();
         let mut deserializer = serde_json::Deserializer::from_str(line);
         let found = FieldOf { field: self.column, names: &mut names }.deserialize(&mut deserializer);
         match found.and_then(|found| deserializer.end().map(|()| found)) {
             Ok(Some(text)) => Ok(text),
             Ok(None) => Err(missing(self.source_field, "field", self.column, &names)),
-            Err(error) => Err(format!("{error}; every line has to be a JSON object with a text in {:?}", self.column)),
+            Err(error) => {
+                Err(format!("{error}; every line has to be a JSON object with a text in {:?}", self.column))
+            }
         }
     }
 }
@@ -243,7 +246,10 @@ pub(super) fn changed(uri: &str) -> DataError {
 }
 
 fn unreadable(uri: &str, error: &io::Error) -> DataError {
-    file_error(uri, format!("cannot be read: {error}; check that the file is whole and is what its name says"))
+    file_error(
+        uri,
+        format!("cannot be read: {error}; check that the file is whole and is what its name says"),
+    )
 }
 
 /// The hash of a long text, or `None` when it is not UTF-8.

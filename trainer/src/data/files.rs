@@ -2,6 +2,7 @@
 
 use super::{DataError, Result, field_error};
 use crate::storage::{Entry, Storage, StorageError, StorageOptions};
+use bytes::Bytes;
 use globset::{GlobBuilder, GlobMatcher};
 use growth_crds::spec::data::{DataFormat, DataSource};
 use serde::Serialize;
@@ -32,7 +33,8 @@ pub(super) struct SourceIdentity<'a> {
 impl SourceFiles {
     /// Lists a source. The seed decides which files a sample takes.
     pub fn list(field: String, source: &DataSource, options: &StorageOptions, seed: u64) -> Result<Self> {
-        let address = Address::parse(&source.uri).map_err(|reason| field_error(format!("{field}.uri"), reason))?;
+        let address =
+            Address::parse(&source.uri).map_err(|reason| field_error(format!("{field}.uri"), reason))?;
         let found = Storage::open(&address.folder, options).and_then(|storage| {
             let files = address.find(&storage)?;
             Ok((storage, files))
@@ -63,6 +65,16 @@ impl SourceFiles {
             files: self.files.iter().map(|file| (&*file.name, file.bytes, &*file.version)).collect(),
         }
     }
+}
+
+/// The content of the one file that a URI names.
+pub(super) fn get(uri: &str, options: &StorageOptions) -> std::result::Result<Bytes, String> {
+    let address = Address::parse(uri)?;
+    let Name::File(name) = address.name else {
+        return Err(format!("{uri} is a pattern; name one file"));
+    };
+    let content = Storage::open(&address.folder, options).and_then(|storage| storage.get(&name));
+    content.map_err(|error| error.to_string())
 }
 
 fn not_found(field: &str, uri: &str, error: StorageError) -> DataError {
@@ -114,10 +126,14 @@ impl Address {
         };
         let web = scheme.starts_with("http");
         if web && path.contains('*') {
-            return Err("a web server cannot list its files; name one file, or use file, s3, gs or az".to_owned());
+            return Err(
+                "a web server cannot list its files; name one file, or use file, s3, gs or az".to_owned()
+            );
         }
         if web && path.contains('?') {
-            return Err("an address with a query is not supported; use one without, or copy the file".to_owned());
+            return Err(
+                "an address with a query is not supported; use one without, or copy the file".to_owned()
+            );
         }
         let fixed = path.find('*').unwrap_or(path.len());
         let split = path[..fixed].rfind('/').map_or(0, |slash| slash + 1);
@@ -129,7 +145,8 @@ impl Address {
             return Err(format!("{uri} is a folder; write a pattern: {}/**", uri.trim_end_matches('/')));
         }
         let folder = if folder.is_empty() { "." } else { folder };
-        let name = if name.contains('*') { Name::Pattern(pattern(name)?) } else { Name::File(name.to_owned()) };
+        let name =
+            if name.contains('*') { Name::Pattern(pattern(name)?) } else { Name::File(name.to_owned()) };
         Ok(Self { folder: format!("{scheme}://{folder}"), name })
     }
 
@@ -150,12 +167,11 @@ impl Address {
 
 /// Only `*` and `**` mean more than themselves.
 fn pattern(text: &str) -> std::result::Result<GlobMatcher, String> {
-    let literal: String = text
-        .chars()
-        .map(|c| if "?[]{}\\!".contains(c) { format!("\\{c}") } else { c.to_string() })
-        .collect();
+    let literal: String =
+        text.chars().map(|c| if "?[]{}\\!".contains(c) { format!("\\{c}") } else { c.to_string() }).collect();
     let glob = GlobBuilder::new(&literal).literal_separator(true).backslash_escape(true).build();
-    glob.map(|glob| glob.compile_matcher()).map_err(|error| format!("{text:?} is no pattern: {}", error.kind()))
+    glob.map(|glob| glob.compile_matcher())
+        .map_err(|error| format!("{text:?} is no pattern: {}", error.kind()))
 }
 
 #[cfg(test)]

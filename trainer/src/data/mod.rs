@@ -10,6 +10,8 @@ mod permutation;
 mod pieces;
 mod prepare;
 mod shards;
+#[cfg(test)]
+mod tests;
 mod text;
 
 pub use dataset::{Dataset, Verification};
@@ -56,6 +58,17 @@ pub enum DataError {
     /// The tokenizer cannot be used.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+}
+
+impl DataError {
+    /// Whether the job or its files are at fault, so that trying again cannot help.
+    pub fn is_input_error(&self) -> bool {
+        match self {
+            Self::Field { .. } | Self::File { .. } | Self::Tokenizer(_) => true,
+            Self::Storage(error) => matches!(error, StorageError::Address { .. }),
+            Self::Damaged { .. } => false,
+        }
+    }
 }
 
 /// Result of a data operation.

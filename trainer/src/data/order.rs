@@ -1,121 +1,155 @@
-//! Which sequence the n-th sample of a job is: a pure function, so that no restart, batch size or number of
-//! replicas repeats or skips one.
+//! Which sequence the n-th training sample is: a pure function of the seed, the sources and n.
 
+use super::dataset::{Dataset, sequences};
 use super::permutation::Permutation;
-use super::{Dataset, Result, field_error};
-use growth_crds::spec::data::DataSource;
+use super::{Result, field_error};
 
-/// Samples in which the shares of the sources are exact.
+/// Samples of a block: in every block each source has exactly its share.
 const BLOCK: u64 = 4096;
 
-/// The order of a job's training sequences.
-#[derive(Debug, Clone)]
-pub struct TrainingOrder {
-    sequence_length: u32,
-    seed: u64,
-    sources: Vec<SourceOrder>,
-}
-
-#[derive(Debug, Clone)]
-struct SourceOrder {
-    /// Whole sequences of the source.
-    sequences: u64,
-    /// Samples of a block that are of this source.
-    quota: u64,
-}
-
-/// A training sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// One training sample.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Sample {
-    /// Position of the source in `spec.data.train`.
+    /// Place of the source in the job.
     pub source: usize,
-    /// Position of the sequence in the source: its first token is that times the sequence length.
+    /// Sequence of the source.
     pub sequence: u64,
 }
 
+/// The order of the training samples. Sources take turns by weight; each goes through all of its sequences in a
+/// random order, then through all of them in another.
+#[derive(Debug, Clone)]
+pub struct TrainingOrder {
+    seed: u64,
+    sequence_length: usize,
+    sources: Vec<SourceShare>,
+}
+
+#[derive(Debug, Clone)]
+struct SourceShare {
+    /// Sequences that the source has.
+    sequences: u64,
+    /// Samples in a block.
+    quota: u64,
+}
+
 impl TrainingOrder {
-    /// The order in which the prepared `sources` are read, mixed by their weights.
+    /// The order for sequences of `sequence_length` tokens, with one weight for every source of the dataset.
     ///
     /// # Errors
-    /// When a source holds no whole sequence, or its share is too small for the mixture.
-    pub fn new(dataset: &Dataset, sources: &[DataSource], sequence_length: u32, seed: u64) -> Result<Self> {
-        let tokens: Vec<u64> = dataset.training_parts().iter().map(|part| part.tokens).collect();
-        let weights: Vec<f64> = sources.iter().map(|source| source.weight).collect();
-        Self::from_sizes(&tokens, &weights, sequence_length, seed)
+    /// When a source is shorter than one sequence, or has so small a weight that it would never be used.
+    ///
+    /// # Panics
+    /// When there are not as many weights as sources.
+    pub fn new(dataset: &Dataset, weights: &[f64], sequence_length: usize, seed: u64) -> Result<Self> {
+        let tokens: Vec<u64> = dataset.train().iter().map(|part| part.tokens).collect();
+        Self::of_tokens(&tokens, weights, sequence_length, seed)
     }
 
-    fn from_sizes(tokens: &[u64], weights: &[f64], sequence_length: u32, seed: u64) -> Result<Self> {
-        if tokens.len() != weights.len() {
-            let reason = format!("the prepared data has {} sources, the job {}", tokens.len(), weights.len());
-            return Err(field_error("spec.data.train", reason));
-        }
-        let mut sources = Vec::new();
+    fn of_tokens(tokens: &[u64], weights: &[f64], sequence_length: usize, seed: u64) -> Result<Self> {
+        assert_eq!(tokens.len(), weights.len(), "one weight for every source");
+        let mut sources = Vec::with_capacity(tokens.len());
         for (index, (&tokens, quota)) in tokens.iter().zip(quotas(weights)).enumerate() {
-            // The target of a sequence's last token is the token after it.
-            let sequences = tokens.saturating_sub(1) / u64::from(sequence_length);
-            let field = format!("spec.data.train[{index}]");
+            let sequences = sequences(tokens, sequence_length);
             if sequences == 0 {
-                let reason = format!("{tokens} tokens hold no sequence of {sequence_length}; add text, or lower spec.training.sequenceLength");
-                return Err(field_error(field, reason));
+                return Err(field_error(
+                    format!("spec.data.train[{index}]"),
+                    format!(
+                        "its text has {tokens} tokens, fewer than one sequence of {sequence_length} and its target; \
+                         add text, or shorten the sequence"
+                    ),
+                ));
             }
             if quota == 0 {
-                let reason = format!("its share of the mixture is below 1/{BLOCK}; raise it, or leave the source out");
-                return Err(field_error(format!("{field}.weight"), reason));
+                return Err(field_error(
+                    format!("spec.data.train[{index}].weight"),
+                    format!(
+                        "less than a share of 1/{BLOCK} of all weights is never used; raise it, or leave the source out"
+                    ),
+                ));
             }
-            sources.push(SourceOrder { sequences, quota });
+            sources.push(SourceShare { sequences, quota });
         }
-        Ok(Self { sequence_length, seed, sources })
+        Ok(Self { seed, sequence_length, sources })
     }
 
     /// Tokens of a sequence.
-    pub fn sequence_length(&self) -> u32 {
+    pub fn sequence_length(&self) -> usize {
         self.sequence_length
     }
 
-    /// The sample at position `index` of the job, from 0.
-    ///
-    /// A block of [`BLOCK`] samples deals its slots to the sources in proportion to their weights, in an order of
-    /// its own. The n-th slot of a source is the n-th sequence of its endless list of epochs, each in an order of
-    /// its own.
-    pub fn sample(&self, index: u64) -> Sample {
-        let (block, position) = (index / BLOCK, index % BLOCK);
-        let mut slot = Permutation::new(BLOCK, self.seed, "mixture", block).apply(position);
-        for (source, order) in self.sources.iter().enumerate() {
-            if slot < order.quota {
-                let sequence = self.sequence(source, block * order.quota + slot);
-                return Sample { source, sequence };
+    /// The samples numbered from `first` on.
+    pub fn samples(&self, first: u64, count: usize) -> Vec<Sample> {
+        let mut samples = Vec::with_capacity(count);
+        let mut epochs: Vec<Option<(u64, Permutation)>> = vec![None; self.sources.len()];
+        let mut next = first;
+        while samples.len() < count {
+            let block = next / BLOCK;
+            let slots = self.block(block);
+            let from = (next % BLOCK) as usize;
+            let taken = (count - samples.len()).min(slots.len() - from);
+            for &(source, rank) in &slots[from..from + taken] {
+                let index = block * self.sources[source].quota + rank;
+                let sequence = self.sequence(source, index, &mut epochs[source]);
+                samples.push(Sample { source, sequence });
             }
-            slot -= order.quota;
+            next += taken as u64;
         }
-        unreachable!("the quotas of a block add up to its size")
+        samples
     }
 
-    fn sequence(&self, source: usize, index: u64) -> u64 {
-        let sequences = self.sources[source].sequences;
-        let (epoch, position) = (index / sequences, index % sequences);
-        Permutation::new(sequences, self.seed, &format!("sequences of source {source}"), epoch).apply(position)
-    }
-
-    /// How often `tokens` training tokens read each source through.
+    /// How often each source is gone through by training on `tokens`.
     pub fn epochs(&self, tokens: u64) -> Vec<f64> {
-        let samples = tokens as f64 / f64::from(self.sequence_length);
-        let share = |order: &SourceOrder| order.quota as f64 / BLOCK as f64;
-        self.sources.iter().map(|order| samples * share(order) / order.sequences as f64).collect()
+        let samples = tokens as f64 / self.sequence_length as f64;
+        let epochs =
+            |source: &SourceShare| samples * source.quota as f64 / BLOCK as f64 / source.sequences as f64;
+        self.sources.iter().map(epochs).collect()
+    }
+
+    /// Source and rank among the block's samples of that source, for every slot of a block.
+    fn block(&self, block: u64) -> Vec<(usize, u64)> {
+        if self.sources.len() == 1 {
+            return (0..BLOCK).map(|slot| (0, slot)).collect();
+        }
+        let permutation = Permutation::new(BLOCK, self.seed, "mixture", block);
+        let cards: Vec<usize> = self
+            .sources
+            .iter()
+            .enumerate()
+            .flat_map(|(i, source)| (0..source.quota).map(move |_| i))
+            .collect();
+        let mut ranks = vec![0; self.sources.len()];
+        let slot = |slot| {
+            let source = cards[permutation.apply(slot) as usize];
+            ranks[source] += 1;
+            (source, ranks[source] - 1)
+        };
+        (0..BLOCK).map(slot).collect()
+    }
+
+    /// The sequence that is the source's sample number `index`; the last epoch's permutation is kept at hand.
+    fn sequence(&self, source: usize, index: u64, kept: &mut Option<(u64, Permutation)>) -> u64 {
+        let length = self.sources[source].sequences;
+        let (epoch, position) = (index / length, index % length);
+        let permutation = match kept.take() {
+            Some((of, permutation)) if of == epoch => permutation,
+            _ => Permutation::new(length, self.seed, &format!("source {source}"), epoch),
+        };
+        let sequence = permutation.apply(position);
+        *kept = Some((epoch, permutation));
+        sequence
     }
 }
 
-/// Whole slots of a block for each weight, by largest remainder: what is left after rounding down goes to those that
-/// lost most, the first among equals.
+/// Slots of a block for every weight, by largest remainder; among equal remainders the first source wins.
 fn quotas(weights: &[f64]) -> Vec<u64> {
     let total: f64 = weights.iter().sum();
-    let exact: Vec<f64> = weights.iter().map(|weight| weight / total * BLOCK as f64).collect();
-    let mut quotas: Vec<u64> = exact.iter().map(|share| share.floor() as u64).collect();
-    let mut by_loss: Vec<usize> = (0..weights.len()).collect();
-    by_loss.sort_by(|&a, &b| (exact[b].fract()).total_cmp(&exact[a].fract()).then(a.cmp(&b)));
-    let left = BLOCK.saturating_sub(quotas.iter().sum()) as usize;
-    for &index in by_loss.iter().cycle().take(left) {
-        quotas[index] += 1;
-    }
+    let shares: Vec<f64> = weights.iter().map(|weight| weight / total * BLOCK as f64).collect();
+    let mut quotas: Vec<u64> = shares.iter().map(|share| share.floor() as u64).collect();
+    let mut by_remainder: Vec<usize> = (0..shares.len()).collect();
+    by_remainder.sort_by(|&a, &b| shares[b].fract().total_cmp(&shares[a].fract()));
+    let left = BLOCK - quotas.iter().sum::<u64>().min(BLOCK);
+    by_remainder.into_iter().take(left as usize).for_each(|source| quotas[source] += 1);
     quotas
 }
 
@@ -125,48 +159,97 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashMap;
 
+    fn order(tokens: &[u64], weights: &[f64], seed: u64) -> TrainingOrder {
+        TrainingOrder::of_tokens(tokens, weights, 10, seed).unwrap()
+    }
+
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(32))]
+        #![proptest_config(ProptestConfig::with_cases(64))]
+
         #[test]
-        fn an_epoch_holds_every_sequence_once(sequences in 1u64..6000, seed: u64, epoch in 0u64..3) {
-            let order = TrainingOrder::from_sizes(&[sequences * 8 + 1], &[1.0], 8, seed).unwrap();
-            // Whole blocks cover whole slots; the list of one source is read in order of its slots.
-            let mut seen: Vec<u64> = (0..sequences).map(|i| order.sequence(0, epoch * sequences + i)).collect();
+        fn every_epoch_has_every_sequence_once(tokens in 11u64..5000, seed: u64, epoch in 0u64..5) {
+            let order = order(&[tokens], &[1.0], seed);
+            let length = sequences(tokens, 10);
+            let samples = order.samples(epoch * length, length as usize);
+            let mut seen: Vec<u64> = samples.iter().map(|sample| sample.sequence).collect();
             seen.sort_unstable();
-            prop_assert!(seen.into_iter().eq(0..sequences));
+            prop_assert_eq!(seen, (0..length).collect::<Vec<_>>());
         }
 
         #[test]
-        fn a_block_holds_each_list_position_once(weights in prop::collection::vec(0.01f64..10.0, 1..6), seed: u64, block in 0u64..4) {
-            let tokens = vec![1 << 40; weights.len()];
-            let order = TrainingOrder::from_sizes(&tokens, &weights, 16, seed).unwrap();
+        fn in_a_mixture_too(tokens in prop::collection::vec(11u64..3000, 2..5), seed: u64) {
+            let weights: Vec<f64> = (1..=tokens.len()).map(|i| i as f64).collect();
+            let order = order(&tokens, &weights, seed);
+            for source in 0..tokens.len() {
+                let length = sequences(tokens[source], 10);
+                let of_source = order.samples(0, 8192).into_iter().filter(|sample| sample.source == source);
+                let of_source: Vec<u64> = of_source.map(|sample| sample.sequence).collect();
+                for epoch in of_source.chunks_exact(length as usize) {
+                    let mut seen = epoch.to_vec();
+                    seen.sort_unstable();
+                    prop_assert_eq!(seen, (0..length).collect::<Vec<_>>());
+                }
+            }
+        }
+
+        #[test]
+        fn any_split_gives_the_same_stream(
+            first in 0u64..20_000, cuts in prop::collection::vec(0usize..3000, 1..6), seed: u64,
+        ) {
+            let order = order(&[5000, 800, 91], &[3.0, 1.0, 0.5], seed);
+            let mut parts = Vec::new();
+            for &cut in &cuts {
+                parts.extend(order.samples(first + parts.len() as u64, cut));
+            }
+            prop_assert_eq!(order.samples(first, parts.len()), parts);
+        }
+
+        #[test]
+        fn quotas_fill_the_block(weights in prop::collection::vec(1e-6..1e6f64, 1..65)) {
+            let quotas = quotas(&weights);
+            prop_assert_eq!(quotas.iter().sum::<u64>(), BLOCK);
+            let total: f64 = weights.iter().sum();
+            for (quota, weight) in quotas.iter().zip(&weights) {
+                prop_assert!((*quota as f64 - weight / total * BLOCK as f64).abs() < 1.0);
+            }
+        }
+    }
+
+    #[test]
+    fn every_block_has_the_quotas() {
+        let order = order(&[100_000, 100_000, 100_000], &[0.7, 0.2, 0.1], 3);
+        for block in [0, 1, 1 << 30] {
             let mut counts: HashMap<usize, u64> = HashMap::new();
-            let mut samples: Vec<Sample> = (block * BLOCK..(block + 1) * BLOCK).map(|i| order.sample(i)).collect();
-            for sample in &samples {
+            for sample in order.samples(block * BLOCK, BLOCK as usize) {
                 *counts.entry(sample.source).or_default() += 1;
             }
-            samples.sort_unstable();
-            samples.dedup();
-            prop_assert_eq!(samples.len() as u64, BLOCK, "no sequence twice");
-            let total: f64 = weights.iter().sum();
-            for (source, weight) in weights.iter().enumerate() {
-                let share = weight / total * BLOCK as f64;
-                prop_assert!((counts[&source] as f64 - share).abs() <= 1.0, "quota {} for share {share}", counts[&source]);
-            }
+            assert_eq!((counts[&0], counts[&1], counts[&2]), (2867, 819, 410));
         }
     }
 
     #[test]
-    fn too_little_text_and_too_small_a_share_are_named() {
-        let error = TrainingOrder::from_sizes(&[1000, 16], &[1.0, 1.0], 16, 0).unwrap_err().to_string();
-        assert!(error.starts_with("spec.data.train[1]: 16 tokens hold no sequence of 16"), "{error}");
-        let error = TrainingOrder::from_sizes(&[1000, 1000], &[1.0, 1e-6], 16, 0).unwrap_err().to_string();
-        assert!(error.starts_with("spec.data.train[1].weight: its share"), "{error}");
+    fn seeds_and_epochs_differ() {
+        let sequence = |seed, first| order(&[1001], &[1.0], seed).samples(first, 100);
+        assert_ne!(sequence(1, 0), sequence(2, 0));
+        assert_ne!(sequence(1, 0), sequence(1, 100));
     }
 
     #[test]
-    fn epochs_count_passes_over_the_text() {
-        let order = TrainingOrder::from_sizes(&[1001, 4001], &[3.0, 1.0], 10, 0).unwrap();
-        assert_eq!(order.epochs(4000), [3.0, 0.25]);
+    fn epochs_are_counted_by_source() {
+        let order = order(&[1001, 101], &[1.0, 1.0], 1);
+        assert_eq!(order.epochs(2000), [1.0, 10.0]);
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_named() {
+        let error =
+            |tokens, weights| TrainingOrder::of_tokens(tokens, weights, 10, 0).unwrap_err().to_string();
+        let short = error(&[1000, 10], &[1.0, 1.0]);
+        assert!(
+            short.starts_with("spec.data.train[1]: its text has 10 tokens, fewer than one sequence of 10"),
+            "{short}"
+        );
+        let light = error(&[1000, 1000], &[1e6, 1.0]);
+        assert!(light.starts_with("spec.data.train[1].weight: less than a share of 1/4096"), "{light}");
     }
 }

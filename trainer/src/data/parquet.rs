@@ -21,7 +21,8 @@ const ROWS: usize = 32;
 
 /// Hands over every row's text.
 pub(super) fn read(file: &SourceFile, uri: &str, sink: &mut Sink) -> Result<(), Stop> {
-    let failed = |error: ParquetError| Stop::from(file_error(uri, format!("not a readable Parquet file: {error}")));
+    let failed =
+        |error: ParquetError| Stop::from(file_error(uri, format!("not a readable Parquet file: {error}")));
     let start = file.consumed.load(Ordering::Relaxed);
     let source = Ranges::new(file);
     match source.storage.head(file.name)? {
@@ -34,7 +35,8 @@ pub(super) fn read(file: &SourceFile, uri: &str, sink: &mut Sink) -> Result<(), 
     let mut row = 0;
     for index in 0..reader.num_row_groups() {
         let group = reader.get_row_group(index).map_err(failed)?;
-        let ColumnReader::ByteArrayColumnReader(texts) = group.get_column_reader(column).map_err(failed)? else {
+        let ColumnReader::ByteArrayColumnReader(texts) = group.get_column_reader(column).map_err(failed)?
+        else {
             return Err(file_error(uri, format!("column {:?} holds no text", file.column)).into());
         };
         let present = group.metadata().column(column).column_descr().max_def_level();
@@ -52,7 +54,9 @@ fn hand_over_row(value: Option<&ByteArray>, row: u64, uri: &str, sink: &mut Sink
     let Some(value) = value else { return sink(Item::Skipped) };
     match std::str::from_utf8(value.data()) {
         Ok(text) => hand_over(text, uri, sink),
-        Err(_) => Err(file_error(&format!("{uri} row {row}"), "not UTF-8; write the column as strings").into()),
+        Err(_) => {
+            Err(file_error(&format!("{uri} row {row}"), "not UTF-8; write the column as strings").into())
+        }
     }
 }
 
@@ -65,7 +69,10 @@ fn find_column(schema: &SchemaDescriptor, file: &SourceFile) -> Result<usize, St
     let named = (0..schema.num_columns()).find(|&index| name(index) == file.column);
     match named {
         Some(index) if is_text(&index) => Ok(index),
-        Some(_) => Err(format!("column {:?} holds no text; set {}.field to one that does", file.column, file.source_field)),
+        Some(_) => Err(format!(
+            "column {:?} holds no text; set {}.field to one that does",
+            file.column, file.source_field
+        )),
         None => {
             let names: Vec<String> = (0..schema.num_columns()).filter(is_text).map(name).collect();
             Err(missing(file.source_field, "column", file.column, &names))
@@ -83,7 +90,8 @@ fn read_texts(
     loop {
         levels.clear();
         values.clear();
-        let (rows, _, _) = column.read_records(ROWS, Some(&mut levels), None, &mut values).map_err(&failed)?;
+        let (rows, _, _) =
+            column.read_records(ROWS, Some(&mut levels), None, &mut values).map_err(&failed)?;
         if rows == 0 {
             return Ok(());
         }
@@ -157,7 +165,10 @@ impl ChunkReader for Ranges {
     fn get_bytes(&self, start: u64, length: usize) -> ParquetResult<Bytes> {
         let bytes = self.range(start, length as u64)?;
         if bytes.len() < length {
-            return Err(ParquetError::EOF(format!("{length} bytes expected at {start}, {} there", bytes.len())));
+            return Err(ParquetError::EOF(format!(
+                "{length} bytes expected at {start}, {} there",
+                bytes.len()
+            )));
         }
         Ok(bytes)
     }

@@ -19,7 +19,11 @@ impl Permutation {
     pub(crate) fn new(length: u64, seed: u64, purpose: &str, index: u64) -> Self {
         let mut generator = generator(seed, purpose, index);
         let bits = u64::BITS - length.saturating_sub(1).leading_zeros();
-        Self { length, half_bits: bits.div_ceil(2).max(1), keys: std::array::from_fn(|_| generator.next_u64()) }
+        Self {
+            length,
+            half_bits: bits.div_ceil(2).max(1),
+            keys: std::array::from_fn(|_| generator.next_u64()),
+        }
     }
 
     /// Where `position` goes; `position` is below the length.

@@ -59,7 +59,9 @@ impl<R: Read> Pieces<R> {
         }
         let text = match std::str::from_utf8(pending) {
             Ok(text) => text,
-            Err(error) if error.error_len().is_none() && !self.ended => valid_prefix(pending, error.valid_up_to()),
+            Err(error) if error.error_len().is_none() && !self.ended => {
+                valid_prefix(pending, error.valid_up_to())
+            }
             Err(_) => return Err(io::Error::new(io::ErrorKind::InvalidData, "the text is not UTF-8")),
         };
         if let Some(cut) = good_cut(text, self.limits) {

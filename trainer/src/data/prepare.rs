@@ -2,7 +2,7 @@
 
 use super::bpe::{self, WordCounts};
 use super::documents::{Document, Item, SourceFile, Stop};
-use super::files::{SourceFiles, SourceIdentity, random_key};
+use super::files::{self, SourceFiles, SourceIdentity, random_key};
 use super::pieces::PieceLimits;
 use super::shards::{self, FORMAT_VERSION, INDEX, Index, Part, SHARD_TOKENS, ShardWriter, TOKENIZER};
 use super::{DataError, Dataset, Result, Verification, field_error};
@@ -121,7 +121,8 @@ pub(super) fn prepare_sized(
 }
 
 fn index_bytes(index: &Index) -> Result<Vec<u8>> {
-    let mut bytes = serde_json::to_vec_pretty(index).map_err(|error| field_error(INDEX, error.to_string()))?;
+    let mut bytes =
+        serde_json::to_vec_pretty(index).map_err(|error| field_error(INDEX, error.to_string()))?;
     bytes.push(b'\n');
     Ok(bytes)
 }
@@ -154,15 +155,21 @@ impl<'a> Sources<'a> {
         }
         let list = |name: &str, sources: &[DataSource]| {
             let sources = sources.iter().enumerate();
-            let listed = sources
-                .map(|(i, source)| SourceFiles::list(format!("spec.data.{name}[{i}]"), source, options, seed));
+            let listed = sources.map(|(i, source)| {
+                SourceFiles::list(format!("spec.data.{name}[{i}]"), source, options, seed)
+            });
             listed.collect::<Result<Vec<_>>>()
         };
         Ok(Self {
             spec,
             train: list("train", &spec.train)?,
             validation: list("validation", &spec.validation)?,
-            tokenizer_json: spec.tokenizer.uri.as_ref().map(|uri| fetch_tokenizer(uri, options)).transpose()?,
+            tokenizer_json: spec
+                .tokenizer
+                .uri
+                .as_ref()
+                .map(|uri| fetch_tokenizer(uri, options))
+                .transpose()?,
         })
     }
 
@@ -307,9 +314,14 @@ impl<'a> Sources<'a> {
         let separator = shards::to_bytes(&[tokenizer.separator()], token_bytes);
         pipeline(
             sizes.batch_bytes,
-            |batcher| all().enumerate().try_for_each(|(i, source)| self.read_source(i, source, limits, &consumed, batcher)),
+            |batcher| {
+                all()
+                    .enumerate()
+                    .try_for_each(|(i, source)| self.read_source(i, source, limits, &consumed, batcher))
+            },
             |batch| {
-                let encode = |piece: &Piece| Ok(shards::to_bytes(&tokenizer.encode(&piece.text)?, token_bytes));
+                let encode =
+                    |piece: &Piece| Ok(shards::to_bytes(&tokenizer.encode(&piece.text)?, token_bytes));
                 let encoded: Vec<Vec<u8>> = batch.pieces.par_iter().map(encode).collect::<Result<_>>()?;
                 output.append(&batch, &encoded, &separator)?;
                 let bytes_done = consumed.load(Ordering::Relaxed).min(total);
@@ -360,7 +372,12 @@ impl<'a> Sources<'a> {
 }
 
 impl SourceFiles {
-    pub(super) fn file<'a>(&'a self, entry: &'a Entry, content: Option<Bytes>, consumed: &'a AtomicU64) -> SourceFile<'a> {
+    pub(super) fn file<'a>(
+        &'a self,
+        entry: &'a Entry,
+        content: Option<Bytes>,
+        consumed: &'a AtomicU64,
+    ) -> SourceFile<'a> {
         SourceFile {
             storage: &self.storage,
             name: &entry.name,
@@ -376,11 +393,7 @@ impl SourceFiles {
 
 fn fetch_tokenizer(uri: &str, options: &StorageOptions) -> Result<String> {
     let field = "spec.data.tokenizer.uri";
-    let (folder, name) = uri.rsplit_once('/').unwrap_or((uri, ""));
-    let folder = if folder.ends_with('/') { format!("{folder}.") } else { folder.to_owned() };
-    let bytes = Storage::open(&folder, options)
-        .and_then(|storage| storage.get(name))
-        .map_err(|error| field_error(field, error.to_string()))?;
+    let bytes = files::get(uri, options).map_err(|reason| field_error(field, reason))?;
     String::from_utf8(bytes.into()).map_err(|_| field_error(field, format!("{uri} is not UTF-8")))
 }
 
@@ -423,7 +436,9 @@ fn groups(files: &[Entry]) -> impl Iterator<Item = &[Entry]> {
 fn fetch_ahead(storage: &Storage, files: &[Entry]) -> Result<Vec<Option<Bytes>>> {
     let fetch = |file: &Entry| match storage.get(&file.name) {
         Ok(content) if content.len() as u64 == file.bytes => Ok(Some(content)),
-        Ok(_) | Err(StorageError::NotFound { .. }) => Err(super::documents::changed(&storage.uri_of(&file.name))),
+        Ok(_) | Err(StorageError::NotFound { .. }) => {
+            Err(super::documents::changed(&storage.uri_of(&file.name)))
+        }
         Err(error) => Err(error.into()),
     };
     if files.iter().any(|file| file.bytes > SMALL_FILE) {

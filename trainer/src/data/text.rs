@@ -13,7 +13,12 @@ use std::sync::atomic::AtomicU64;
 ///
 /// # Errors
 /// When the files cannot be found or read; the message begins with `name`, where the source was written.
-pub fn tokens_of(name: &str, source: &DataSource, tokenizer: &Tokenizer, max_tokens: usize) -> Result<Vec<u32>> {
+pub fn tokens_of(
+    name: &str,
+    source: &DataSource,
+    tokenizer: &Tokenizer,
+    max_tokens: usize,
+) -> Result<Vec<u32>> {
     let files = SourceFiles::list(name.to_owned(), source, &StorageOptions::default(), 0)?;
     let limits = PieceLimits::for_splitting(tokenizer.splits_at_newlines());
     let consumed = AtomicU64::new(0);

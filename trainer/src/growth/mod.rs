@@ -86,7 +86,10 @@ impl GrowthError {
     pub fn is_input_error(&self) -> bool {
         match self {
             Self::Checkpoint(error) => error.is_input_error(),
-            Self::Layers { .. } | Self::OtherSource { .. } | Self::NoMoments { .. } | Self::FolderInUse { .. } => true,
+            Self::Layers { .. }
+            | Self::OtherSource { .. }
+            | Self::NoMoments { .. }
+            | Self::FolderInUse { .. } => true,
             Self::DamagedTarget(_) => false,
         }
     }
@@ -127,20 +130,11 @@ impl GrowthTarget {
 
     fn commitment(&self, origin: CheckpointOrigin) -> Commitment {
         let (job, stage, attempt) = match self {
-            Self::Stage(CheckpointLocation {
-                job, stage, attempt, ..
-            }) => (job, stage, *attempt),
+            Self::Stage(CheckpointLocation { job, stage, attempt, .. }) => (job, stage, *attempt),
             Self::Folder { job, stage, .. } => (job, stage, 0),
         };
         let (job, stage) = (job.clone(), stage.clone());
-        Commitment {
-            job,
-            stage,
-            attempt,
-            step: 0,
-            tokens: 0,
-            origin: Some(origin),
-        }
+        Commitment { job, stage, attempt, step: 0, tokens: 0, origin: Some(origin) }
     }
 }
 
@@ -198,10 +192,8 @@ impl<'a> Growth<'a> {
             check_source(&source, expected)?;
         }
         let uri = || source.folder().uri().to_owned();
-        let config = grown_config(source.config(), plan).map_err(|error| GrowthError::Layers {
-            uri: uri(),
-            source: error,
-        })?;
+        let config = grown_config(source.config(), plan)
+            .map_err(|error| GrowthError::Layers { uri: uri(), source: error })?;
         let mut growth = Self {
             layout: ParameterLayout::new(&config),
             config,
@@ -219,9 +211,7 @@ impl<'a> Growth<'a> {
 
     fn keep_moments(&mut self) -> Result<()> {
         let folder = self.source.folder();
-        let no_moments = || GrowthError::NoMoments {
-            uri: folder.uri().to_owned(),
-        };
+        let no_moments = || GrowthError::NoMoments { uri: folder.uri().to_owned() };
         let manifest = self.source.manifest().ok_or_else(no_moments)?;
         let optimizer_step = read_trainer_state(folder, manifest)?.optimizer_step;
         let moments = self.source.optimizer_files();
@@ -254,28 +244,17 @@ impl<'a> Growth<'a> {
         }
         refuse_used_folder(target)?;
         let manifest = self.write(target, origin, files, &meter)?;
-        Ok(GrownCheckpoint {
-            manifest,
-            uri: target.folder().uri().to_owned(),
-            reused: false,
-        })
+        Ok(GrownCheckpoint { manifest, uri: target.folder().uri().to_owned(), reused: false })
     }
 
     fn origin(&self, source_digest: String) -> CheckpointOrigin {
         let mut content = json!({"config": self.config, "growth": self.plan});
         content.sort_all_objects();
-        CheckpointOrigin {
-            source_digest,
-            plan_digest: digest_bytes(content.to_string().as_bytes()),
-        }
+        CheckpointOrigin { source_digest, plan_digest: digest_bytes(content.to_string().as_bytes()) }
     }
 
     fn read_files(&self) -> Vec<String> {
-        self.source
-            .model_files()
-            .map(str::to_owned)
-            .chain(self.moments.iter().cloned())
-            .collect()
+        self.source.model_files().map(str::to_owned).chain(self.moments.iter().cloned()).collect()
     }
 
     fn bytes_to_read(&self) -> Result<u64> {
@@ -305,8 +284,7 @@ impl<'a> Growth<'a> {
     fn read_source(&self, meter: &Meter<'_>) -> Result<String> {
         let digest = match self.source.manifest() {
             Some(manifest) => {
-                self.source
-                    .verify_files(&self.read_files(), &|bytes| meter.add(bytes))?;
+                self.source.verify_files(&self.read_files(), &|bytes| meter.add(bytes))?;
                 manifest.digest.clone()
             }
             None => self.source.digest_of_files(&|bytes| meter.add(bytes))?,
@@ -381,9 +359,9 @@ impl<'a> Growth<'a> {
 /// A folder that a person named is theirs: nothing in it is overwritten.
 fn refuse_used_folder(target: &GrowthTarget) -> Result<()> {
     match target {
-        GrowthTarget::Folder { folder, .. } if !folder.list()?.is_empty() => Err(GrowthError::FolderInUse {
-            uri: folder.uri().to_owned(),
-        }),
+        GrowthTarget::Folder { folder, .. } if !folder.list()?.is_empty() => {
+            Err(GrowthError::FolderInUse { uri: folder.uri().to_owned() })
+        }
         _ => Ok(refuse_if_committed(&target.folder())?),
     }
 }
@@ -394,10 +372,7 @@ fn reusable_of_stage(
     origin: &CheckpointOrigin,
 ) -> Result<Option<GrownCheckpoint>> {
     let stage = stage_folder(&location.storage, &location.job, &location.stage);
-    for found in list(&location.storage, &location.job, &location.stage)?
-        .into_iter()
-        .rev()
-    {
+    for found in list(&location.storage, &location.job, &location.stage)?.into_iter().rev() {
         let folder = stage.join(&found.name());
         if let Commit::Yes(manifest) = found.commit
             && found.step == 0
@@ -425,11 +400,7 @@ fn reusable_folder(folder: &Storage, origin: &CheckpointOrigin) -> Result<Option
 }
 
 fn reused(folder: &Storage, manifest: CheckpointManifest) -> GrownCheckpoint {
-    GrownCheckpoint {
-        manifest,
-        uri: folder.uri().to_owned(),
-        reused: true,
-    }
+    GrownCheckpoint { manifest, uri: folder.uri().to_owned(), reused: true }
 }
 
 /// Compares the source with the architecture that the plan was made for, field by field.
@@ -460,10 +431,7 @@ struct Meter<'a> {
 
 impl<'a> Meter<'a> {
     fn new(total: u64, progress: Progress<'a>) -> Self {
-        Self {
-            total,
-            state: Mutex::new((0, progress)),
-        }
+        Self { total, state: Mutex::new((0, progress)) }
     }
 
     fn add(&self, bytes: u64) {

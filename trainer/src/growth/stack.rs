@@ -56,10 +56,7 @@ pub enum LayerMapError {
 pub fn grown_config(source: &ModelConfig, plan: &GrowthPlan) -> Result<ModelConfig, LayerMapError> {
     check(source.num_hidden_layers, plan)?;
     let layers = u32::try_from(plan.layers.len()).unwrap_or(u32::MAX);
-    Ok(ModelConfig {
-        num_hidden_layers: layers,
-        ..source.clone()
-    })
+    Ok(ModelConfig { num_hidden_layers: layers, ..source.clone() })
 }
 
 fn check(source_layers: u32, plan: &GrowthPlan) -> Result<(), LayerMapError> {
@@ -68,11 +65,7 @@ fn check(source_layers: u32, plan: &GrowthPlan) -> Result<(), LayerMapError> {
     }
     for (target, &source_layer) in plan.layers.iter().enumerate() {
         if source_layer >= source_layers {
-            return Err(LayerMapError::OutOfRange {
-                target,
-                source_layer,
-                source_layers,
-            });
+            return Err(LayerMapError::OutOfRange { target, source_layer, source_layers });
         }
     }
     match plan.operator {
@@ -84,19 +77,11 @@ fn check(source_layers: u32, plan: &GrowthPlan) -> Result<(), LayerMapError> {
 fn check_stack(source_layers: u32, layers: &[u32]) -> Result<(), LayerMapError> {
     for ((target, &found), expected) in layers.iter().enumerate().zip((0..source_layers).cycle()) {
         if found != expected {
-            return Err(LayerMapError::NotAStack {
-                target,
-                found,
-                expected,
-                source_layers,
-            });
+            return Err(LayerMapError::NotAStack { target, found, expected, source_layers });
         }
     }
     if !layers.len().is_multiple_of(source_layers as usize) {
-        return Err(LayerMapError::NotAMultiple {
-            found: layers.len(),
-            source_layers,
-        });
+        return Err(LayerMapError::NotAMultiple { found: layers.len(), source_layers });
     }
     Ok(())
 }
@@ -106,10 +91,7 @@ pub(super) fn source_name(target: &str, layers: &[u32]) -> String {
     const PREFIX: &str = "model.layers.";
     let source = || {
         let (layer, part) = target.strip_prefix(PREFIX)?.split_once('.')?;
-        Some(format!(
-            "{PREFIX}{}.{part}",
-            layers.get(layer.parse::<usize>().ok()?)?
-        ))
+        Some(format!("{PREFIX}{}.{part}", layers.get(layer.parse::<usize>().ok()?)?))
     };
     source().unwrap_or_else(|| target.to_owned())
 }
@@ -134,23 +116,9 @@ mod tests {
         assert_eq!(stack(&[0, 1, 0, 1, 0, 1]), Ok(()));
         assert_eq!(stack(&[]), Err(LayerMapError::Empty));
         let error = stack(&[0, 0, 1, 1]).unwrap_err();
-        assert_eq!(
-            error,
-            LayerMapError::NotAStack {
-                target: 1,
-                found: 0,
-                expected: 1,
-                source_layers: 2
-            }
-        );
+        assert_eq!(error, LayerMapError::NotAStack { target: 1, found: 0, expected: 1, source_layers: 2 });
         assert!(error.to_string().contains("use LayerMap"), "{error}");
-        assert_eq!(
-            stack(&[0, 1, 0]),
-            Err(LayerMapError::NotAMultiple {
-                found: 3,
-                source_layers: 2
-            })
-        );
+        assert_eq!(stack(&[0, 1, 0]), Err(LayerMapError::NotAMultiple { found: 3, source_layers: 2 }));
     }
 
     #[test]

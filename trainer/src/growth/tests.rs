@@ -29,25 +29,12 @@ impl Source {
         let writer = writer(&storage, 1, &config);
         let state = state(&writer.layout, 40);
         let folder = checkpoint_folder(&storage, &writer.write(&state, &[]).unwrap());
-        Self {
-            _folder,
-            storage,
-            folder,
-            config,
-            state,
-        }
+        Self { _folder, storage, folder, config, state }
     }
 
     fn grow(&self, plan: &GrowthPlan, attempt: u32) -> Result<GrownCheckpoint> {
         let target = GrowthTarget::Stage(location(&self.storage, "large", attempt));
-        grow(
-            &self.folder,
-            Some(&self.config),
-            plan,
-            &target,
-            &[],
-            &mut |_, _| (),
-        )
+        grow(&self.folder, Some(&self.config), plan, &target, &[], &mut |_, _| ())
     }
 
     fn grown(&self, plan: &GrowthPlan) -> (ParameterLayout, TrainingState) {
@@ -66,18 +53,11 @@ impl Source {
                 None => tensor.name.clone(),
                 Some(layer) => {
                     let source = layers[layer as usize];
-                    tensor
-                        .name
-                        .replace(&format!("layers.{layer}."), &format!("layers.{source}."))
+                    tensor.name.replace(&format!("layers.{layer}."), &format!("layers.{source}."))
                 }
             };
             let range = small.find(&name).unwrap().range();
-            assert_eq!(
-                bits(&target[tensor.range()]),
-                bits(&source[range]),
-                "{}",
-                tensor.name
-            );
+            assert_eq!(bits(&target[tensor.range()]), bits(&source[range]), "{}", tensor.name);
         }
     }
 }
@@ -87,28 +67,13 @@ fn a_stack_copies_every_block_and_nothing_else() {
     for tied in [false, true] {
         let source = Source::new(2, tied);
         let layers = [0, 1, 0, 1, 0, 1];
-        let plan = GrowthPlan {
-            operator: GrowthOperator::Stack,
-            ..plan(&layers, OptimizerStatePolicy::Reset)
-        };
+        let plan =
+            GrowthPlan { operator: GrowthOperator::Stack, ..plan(&layers, OptimizerStatePolicy::Reset) };
         let (layout, state) = source.grown(&plan);
         source.assert_grown(&layout, &layers, &state.parameters, &source.state.parameters);
-        assert_eq!(
-            (
-                state.step,
-                state.tokens,
-                state.optimizer_step,
-                state.has_moments()
-            ),
-            (0, 0, 0, false)
-        );
+        assert_eq!((state.step, state.tokens, state.optimizer_step, state.has_moments()), (0, 0, 0, false));
         let blocks = |layout: &ParameterLayout| -> usize {
-            layout
-                .tensors()
-                .iter()
-                .filter(|tensor| tensor.layer.is_some())
-                .map(|tensor| tensor.len)
-                .sum()
+            layout.tensors().iter().filter(|tensor| tensor.layer.is_some()).map(|tensor| tensor.len).sum()
         };
         assert_eq!(blocks(&layout), 3 * blocks(&ParameterLayout::new(&source.config)));
         assert_eq!(layout.find("lm_head.weight").is_some(), !tied);
@@ -151,33 +116,17 @@ fn a_list_that_does_not_fit_writes_nothing() {
     let source = Source::new(2, true);
     let before = contents(&source.storage);
     for layers in [&[][..], &[0, 2]] {
-        let error = source
-            .grow(&plan(layers, OptimizerStatePolicy::Reset), 1)
-            .unwrap_err();
+        let error = source.grow(&plan(layers, OptimizerStatePolicy::Reset), 1).unwrap_err();
         assert!(matches!(error, GrowthError::Layers { .. }), "{error}");
     }
-    let stack = GrowthPlan {
-        operator: GrowthOperator::Stack,
-        ..plan(&[0, 0, 1, 1], OptimizerStatePolicy::Reset)
-    };
-    assert!(
-        source
-            .grow(&stack, 1)
-            .unwrap_err()
-            .to_string()
-            .contains("use LayerMap")
-    );
-    let other = ModelConfig {
-        num_hidden_layers: 4,
-        ..source.config.clone()
-    };
+    let stack =
+        GrowthPlan { operator: GrowthOperator::Stack, ..plan(&[0, 0, 1, 1], OptimizerStatePolicy::Reset) };
+    assert!(source.grow(&stack, 1).unwrap_err().to_string().contains("use LayerMap"));
+    let other = ModelConfig { num_hidden_layers: 4, ..source.config.clone() };
     let target = GrowthTarget::Stage(location(&source.storage, "large", 1));
     let fine = plan(&[0, 1], OptimizerStatePolicy::Reset);
     let error = grow(&source.folder, Some(&other), &fine, &target, &[], &mut |_, _| ()).unwrap_err();
-    assert!(
-        error.to_string().contains("num_hidden_layers is 2 instead of 4"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("num_hidden_layers is 2 instead of 4"), "{error}");
     assert!(before == contents(&source.storage));
 }
 
@@ -194,10 +143,7 @@ fn growing_twice_gives_the_same_checkpoint() {
     // Another plan is another checkpoint, and it does not take the place of the first.
     let reset = plan(&[0, 1, 0, 1], OptimizerStatePolicy::Reset);
     let error = source.grow(&reset, 1).unwrap_err();
-    assert!(
-        error.to_string().contains("already holds a committed checkpoint"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("already holds a committed checkpoint"), "{error}");
     let other = source.grow(&reset, 2).unwrap();
     assert!(!other.reused);
     assert_ne!(first.manifest.digest, other.manifest.digest);
@@ -218,9 +164,7 @@ fn a_growth_step_that_died_is_done_again() {
     let source = Source::new(2, false);
     let reset = plan(&[0, 1, 0, 1], OptimizerStatePolicy::Reset);
     let folder = location(&source.storage, "large", 1).folder(0);
-    folder
-        .put("model-00001-of-00001.safetensors", "half a file")
-        .unwrap();
+    folder.put("model-00001-of-00001.safetensors", "half a file").unwrap();
     let grown = source.grow(&reset, 1).unwrap();
     assert!(!grown.reused);
     assert!(verify(&folder, &grown.manifest).unwrap().is_empty());
@@ -230,29 +174,13 @@ fn a_growth_step_that_died_is_done_again() {
 fn a_damaged_source_is_refused() {
     let source = Source::new(2, false);
     let entries = source.folder.list().unwrap();
-    let name = &entries
-        .iter()
-        .find(|entry| entry.name.starts_with("model-00002"))
-        .unwrap()
-        .name;
+    let name = &entries.iter().find(|entry| entry.name.starts_with("model-00002")).unwrap().name;
     let mut bytes = source.folder.get(name).unwrap().to_vec();
     *bytes.last_mut().unwrap() ^= 1;
     source.folder.put(name, bytes).unwrap();
-    let error = source
-        .grow(&plan(&[0, 1, 0], OptimizerStatePolicy::Reset), 1)
-        .unwrap_err();
-    assert!(
-        error.to_string().contains(name) && error.to_string().contains("is damaged"),
-        "{error}"
-    );
-    assert!(
-        source
-            .storage
-            .join("job/checkpoints/large")
-            .list()
-            .unwrap()
-            .is_empty()
-    );
+    let error = source.grow(&plan(&[0, 1, 0], OptimizerStatePolicy::Reset), 1).unwrap_err();
+    assert!(error.to_string().contains(name) && error.to_string().contains("is damaged"), "{error}");
+    assert!(source.storage.join("job/checkpoints/large").list().unwrap().is_empty());
 }
 
 #[test]
@@ -271,15 +199,7 @@ fn a_plain_folder_grows_into_a_folder_of_its_own() {
     let files = [ExtraFile::new("tokenizer.json", "another")];
     let mut reports = Vec::new();
     let mut progress = |done, total| reports.push((done, total));
-    let grown = grow(
-        &source.folder,
-        None,
-        &reset,
-        &target("out"),
-        &files,
-        &mut progress,
-    )
-    .unwrap();
+    let grown = grow(&source.folder, None, &reset, &target("out"), &files, &mut progress).unwrap();
     let (done, total) = *reports.last().unwrap();
     assert_eq!(done, total);
     assert!(reports.is_sorted());
@@ -288,40 +208,13 @@ fn a_plain_folder_grows_into_a_folder_of_its_own() {
     assert_eq!(out.tokenizer().unwrap().unwrap(), "another");
     assert_eq!(out.token_ids().eos, [2]);
     out.load().unwrap();
-    let again = grow(
-        &source.folder,
-        None,
-        &reset,
-        &target("out"),
-        &files,
-        &mut |_, _| (),
-    )
-    .unwrap();
+    let again = grow(&source.folder, None, &reset, &target("out"), &files, &mut |_, _| ()).unwrap();
     assert!(again.reused);
     assert_eq!(again.manifest, grown.manifest);
-    let other = grow(
-        &source.folder,
-        None,
-        &reset,
-        &target("other"),
-        &[],
-        &mut |_, _| (),
-    )
-    .unwrap();
-    assert_eq!(
-        other.manifest.digest, grown.manifest.digest,
-        "the tokenizer is not part of the state"
-    );
+    let other = grow(&source.folder, None, &reset, &target("other"), &[], &mut |_, _| ()).unwrap();
+    assert_eq!(other.manifest.digest, grown.manifest.digest, "the tokenizer is not part of the state");
     source.storage.put("taken/notes.txt", "mine").unwrap();
-    let error = grow(
-        &source.folder,
-        None,
-        &reset,
-        &target("taken"),
-        &[],
-        &mut |_, _| (),
-    )
-    .unwrap_err();
+    let error = grow(&source.folder, None, &reset, &target("taken"), &[], &mut |_, _| ()).unwrap_err();
     assert!(matches!(error, GrowthError::FolderInUse { .. }), "{error}");
 }
 
@@ -346,21 +239,15 @@ fn moments_are_kept_only_when_there_are_some() {
     let keep = plan(&[0, 0], OptimizerStatePolicy::Keep);
     for (step, optimizer_step) in [(1, 0), (2, 5)] {
         let parameters = state(&writer.layout, step).parameters;
-        let state = TrainingState {
-            step,
-            optimizer_step,
-            parameters,
-            ..TrainingState::default()
-        };
+        let state = TrainingState { step, optimizer_step, parameters, ..TrainingState::default() };
         let folder = checkpoint_folder(&storage, &writer.write(&state, &[]).unwrap());
         let target = GrowthTarget::Stage(location(&storage, "large", 1));
         let grown = grow(&folder, None, &keep, &target, &[], &mut |_, _| ());
         match grown {
             Ok(grown) => assert!(optimizer_step == 0 && grown.manifest.step == 0),
-            Err(error) => assert!(
-                optimizer_step == 5 && error.to_string().contains("holds no moments"),
-                "{error}"
-            ),
+            Err(error) => {
+                assert!(optimizer_step == 5 && error.to_string().contains("holds no moments"), "{error}")
+            }
         }
     }
 }

@@ -159,9 +159,10 @@ pub fn prepare_data(plan: &JobPlan, storage: &Storage, reporter: &mut Reporter) 
     };
     reporter.begin("data", Unit::Bytes, 0, 0);
     let shown = RefCell::new(&mut *reporter);
-    let dataset = data::prepare(&first.data, storage, &storage_options(&first.storage), first.training.seed, &|p| {
-        shown.borrow_mut().advance(p.bytes_done, p.bytes_total, p.phase.to_string());
-    })?;
+    let dataset =
+        data::prepare(&first.data, storage, &storage_options(&first.storage), first.training.seed, &|p| {
+            shown.borrow_mut().advance(p.bytes_done, p.bytes_total, p.phase.to_string());
+        })?;
     reporter.finish();
     record::pin_dataset(storage, &plan.job, dataset.digest())?;
     Ok(dataset)
@@ -189,11 +190,21 @@ fn grow(
         attempt: checkpoint::next_attempt(storage, &stage.job, &stage.stage)?,
     };
     reporter.begin("growth", Unit::Bytes, 0, 0);
-    let detail = format!("{:?} {} -> {} layers", growth.operator, before.model.num_hidden_layers, stage.model.num_hidden_layers);
+    let detail = format!(
+        "{:?} {} -> {} layers",
+        growth.operator, before.model.num_hidden_layers, stage.model.num_hidden_layers
+    );
     let folder = checkpoint::checkpoint_folder(storage, &source);
-    growth::grow(&folder, Some(&before.model), growth, &GrowthTarget::Stage(location), &[], &mut |done, total| {
-        reporter.advance(done, total, detail.clone());
-    })?;
+    growth::grow(
+        &folder,
+        Some(&before.model),
+        growth,
+        &GrowthTarget::Stage(location),
+        &[],
+        &mut |done, total| {
+            reporter.advance(done, total, detail.clone());
+        },
+    )?;
     reporter.finish();
     Ok(())
 }

@@ -89,9 +89,8 @@ fn admit(text: &str) -> Result<GrowthTrainingJob, Vec<Problem>> {
     if !problems.is_empty() {
         return Err(problems);
     }
-    let job: GrowthTrainingJob = serde_path_to_error::deserialize(&value).map_err(|error| {
-        vec![Problem::of_field(error.path().to_string(), error.inner().to_string())]
-    })?;
+    let job: GrowthTrainingJob = serde_path_to_error::deserialize(&value)
+        .map_err(|error| vec![Problem::of_field(error.path().to_string(), error.inner().to_string())])?;
     let problems = check_values(&job, None)?;
     if problems.is_empty() { Ok(job) } else { Err(problems) }
 }

@@ -13,7 +13,10 @@ pub fn check(job: &Value) -> Vec<Problem> {
         }
     }
     if job.pointer("/metadata/name").and_then(Value::as_str).is_none_or(str::is_empty) {
-        problems.push(Problem::of_field("metadata.name".to_owned(), "is required: give the job a name".to_owned()));
+        problems.push(Problem::of_field(
+            "metadata.name".to_owned(),
+            "is required: give the job a name".to_owned(),
+        ));
     }
     let schema = crd_schema();
     match (job.get("spec"), schema.pointer("/properties/spec")) {
@@ -74,7 +77,8 @@ fn check_array(field: &str, items: &[Value], schema: &Value, problems: &mut Vec<
 fn wrong_type(value: &Value, schema: &Value) -> Option<String> {
     if schema.get("x-kubernetes-int-or-string") == Some(&Value::Bool(true)) {
         let fits = value.is_i64() || value.is_u64() || value.is_string();
-        return (!fits).then(|| format!("is {}; must be a whole number or a text such as 10B", describe(value)));
+        return (!fits)
+            .then(|| format!("is {}; must be a whole number or a text such as 10B", describe(value)));
     }
     let expected = schema.get("type").and_then(Value::as_str)?;
     let fits = match expected {

@@ -183,10 +183,18 @@ impl Activations {
     /// Bytes of all buffers.
     pub fn bytes(&self) -> u64 {
         let block = |b: &BlockActivations| {
-            [&b.input, &b.input_inverse_rms, &b.qkv, &b.log_sums, &b.context, &b.middle, &b.middle_inverse_rms]
-                .iter()
-                .map(|buffer| buffer.len())
-                .sum::<usize>()
+            [
+                &b.input,
+                &b.input_inverse_rms,
+                &b.qkv,
+                &b.log_sums,
+                &b.context,
+                &b.middle,
+                &b.middle_inverse_rms,
+            ]
+            .iter()
+            .map(|buffer| buffer.len())
+            .sum::<usize>()
                 + b.gate_up.len()
         };
         let s = &self.scratch;

@@ -80,7 +80,15 @@ pub fn backward(
     linear::backward_weight(d_w.gate_up, &a.gate_up, &s.norm, sizes.gate_up());
     linear::backward_input(&mut s.d_norm, &a.gate_up, w.gate_up, sizes.gate_up());
     let partial = &mut s.partial_gains;
-    rmsnorm::backward(d_residual, d_w.post_norm, partial, &s.d_norm, &a.middle, &a.middle_inverse_rms, w.post_norm);
+    rmsnorm::backward(
+        d_residual,
+        d_w.post_norm,
+        partial,
+        &s.d_norm,
+        &a.middle,
+        &a.middle_inverse_rms,
+        w.post_norm,
+    );
 
     attention::merge_heads(&mut s.context_rows, &a.context, &sizes.heads);
     linear::backward_weight(d_w.o, d_residual, &s.context_rows, sizes.o());
@@ -92,5 +100,13 @@ pub fn backward(
     linear::backward_weight(d_w.qkv, &s.qkv_rows, &s.norm, sizes.qkv());
     linear::backward_input(&mut s.d_norm, &s.qkv_rows, w.qkv, sizes.qkv());
     let partial = &mut s.partial_gains;
-    rmsnorm::backward(d_residual, d_w.input_norm, partial, &s.d_norm, &a.input, &a.input_inverse_rms, w.input_norm);
+    rmsnorm::backward(
+        d_residual,
+        d_w.input_norm,
+        partial,
+        &s.d_norm,
+        &a.input,
+        &a.input_inverse_rms,
+        w.input_norm,
+    );
 }

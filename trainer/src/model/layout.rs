@@ -78,25 +78,16 @@ impl ParameterLayout {
     pub fn new(config: &ModelConfig) -> Self {
         let (hidden, vocabulary) = (config.hidden_size as usize, config.vocab_size as usize);
         let mut table = Table::default();
-        let embedding = table.tensor(
-            "model.embed_tokens.weight",
-            &[vocabulary, hidden],
-            TensorKind::Embedding,
-        );
-        let layers = (0..config.num_hidden_layers)
-            .map(|layer| table.layer(config, layer))
-            .collect();
+        let embedding =
+            table.tensor("model.embed_tokens.weight", &[vocabulary, hidden], TensorKind::Embedding);
+        let layers = (0..config.num_hidden_layers).map(|layer| table.layer(config, layer)).collect();
         let final_norm = table.tensor("model.norm.weight", &[hidden], TensorKind::Norm);
         let head = if config.tie_word_embeddings {
             embedding.clone()
         } else {
             table.tensor("lm_head.weight", &[vocabulary, hidden], TensorKind::Head)
         };
-        let by_name = table
-            .tensors
-            .iter()
-            .enumerate()
-            .map(|(index, tensor)| (tensor.name.clone(), index));
+        let by_name = table.tensors.iter().enumerate().map(|(index, tensor)| (tensor.name.clone(), index));
         Self {
             by_name: by_name.collect(),
             layers,
@@ -178,10 +169,8 @@ impl Table {
             ]),
             o: self.tensor(&name("self_attn.o_proj"), &[hidden, query], TensorKind::Matrix),
             post_norm: self.tensor(&name("post_attention_layernorm"), &[hidden], TensorKind::Norm),
-            gate_up: self.fused(&[
-                (name("mlp.gate_proj"), [inner, hidden]),
-                (name("mlp.up_proj"), [inner, hidden]),
-            ]),
+            gate_up: self
+                .fused(&[(name("mlp.gate_proj"), [inner, hidden]), (name("mlp.up_proj"), [inner, hidden])]),
             down: self.tensor(&name("mlp.down_proj"), &[hidden, inner], TensorKind::Matrix),
         };
         self.layer = None;
@@ -228,40 +217,26 @@ pub(crate) mod tests {
     /// Small models of every shape: grouped heads, heads wider than `hidden / heads`, tied and untied.
     pub(crate) fn configs() -> impl Strategy<Value = ModelConfig> {
         let heads = (1u32..4, 1u32..3);
-        (
-            1u32..20,
-            1u32..20,
-            1u32..4,
-            heads,
-            1u32..5,
-            1u32..40,
-            any::<bool>(),
+        (1u32..20, 1u32..20, 1u32..4, heads, 1u32..5, 1u32..40, any::<bool>()).prop_map(
+            |(hidden, inner, layers, (kv, group), half_head, vocabulary, tied)| ModelConfig {
+                hidden_size: hidden,
+                intermediate_size: inner,
+                num_hidden_layers: layers,
+                num_attention_heads: kv * group,
+                num_key_value_heads: kv,
+                head_dim: 2 * half_head,
+                vocab_size: vocabulary,
+                max_position_embeddings: 64,
+                rope_theta: 10_000.0,
+                rms_norm_eps: 1e-5,
+                tie_word_embeddings: tied,
+            },
         )
-            .prop_map(
-                |(hidden, inner, layers, (kv, group), half_head, vocabulary, tied)| ModelConfig {
-                    hidden_size: hidden,
-                    intermediate_size: inner,
-                    num_hidden_layers: layers,
-                    num_attention_heads: kv * group,
-                    num_key_value_heads: kv,
-                    head_dim: 2 * half_head,
-                    vocab_size: vocabulary,
-                    max_position_embeddings: 64,
-                    rope_theta: 10_000.0,
-                    rms_norm_eps: 1e-5,
-                    tie_word_embeddings: tied,
-                },
-            )
     }
 
     fn brute_force_count(config: &ModelConfig) -> u64 {
-        let [h, f, v, d] = [
-            config.hidden_size,
-            config.intermediate_size,
-            config.vocab_size,
-            config.head_dim,
-        ]
-        .map(u64::from);
+        let [h, f, v, d] =
+            [config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim].map(u64::from);
         let [heads, kv] = [config.num_attention_heads, config.num_key_value_heads].map(u64::from);
         let layer = h + heads * d * h + kv * d * h + kv * d * h + h * heads * d + h + f * h + f * h + h * f;
         let head = if config.tie_word_embeddings { 0 } else { v * h };

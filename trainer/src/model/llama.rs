@@ -192,5 +192,4 @@ impl Llama {
             gradients.get_disjoint_mut(ranges).expect("tensors of a layout do not overlap");
         BlockGradients { input_norm, qkv, o, post_norm, gate_up, down }
     }
-
 }

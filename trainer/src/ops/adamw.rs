@@ -38,7 +38,12 @@ pub fn update(p: &mut [f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], g: &[f
     let (beta1, one_minus_beta1) = (step.beta1 as f32, (1.0 - step.beta1) as f32);
     let (beta2, one_minus_beta2) = (step.beta2 as f32, (1.0 - step.beta2) as f32);
     let (epsilon, scale) = (step.epsilon as f32, step.gradient_scale as f32);
-    (p.par_chunks_mut(CHUNK), exp_avg.par_chunks_mut(CHUNK), exp_avg_sq.par_chunks_mut(CHUNK), g.par_chunks(CHUNK))
+    (
+        p.par_chunks_mut(CHUNK),
+        exp_avg.par_chunks_mut(CHUNK),
+        exp_avg_sq.par_chunks_mut(CHUNK),
+        g.par_chunks(CHUNK),
+    )
         .into_par_iter()
         .for_each(|(p, m, v, g)| {
             for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
@@ -49,4 +54,75 @@ pub fn update(p: &mut [f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], g: &[f
                 *p = (*p * keep) - rate * (*m / denominator);
             }
         });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::tests::{error_against, widen};
+    use crate::ops::testing::uniform;
+
+    /// Allowed error after 50 steps, relative to the largest value: each step rounds a parameter and its moments
+    /// a few times to 2^-24.
+    const TOLERANCE: f64 = 1e-5;
+    const STEPS: u64 = 50;
+
+    /// An element's state in f64, updated by the lines of PyTorch's single-tensor AdamW.
+    #[derive(Clone, Default)]
+    struct Element {
+        parameter: f64,
+        exp_avg: f64,
+        exp_avg_sq: f64,
+    }
+
+    impl Element {
+        fn update(&mut self, gradient: f64, s: &AdamWStep) {
+            let gradient = gradient * s.gradient_scale;
+            self.parameter *= 1.0 - s.learning_rate * s.weight_decay;
+            self.exp_avg += (gradient - self.exp_avg) * (1.0 - s.beta1);
+            self.exp_avg_sq = self.exp_avg_sq * s.beta2 + gradient * gradient * (1.0 - s.beta2);
+            let step_size = s.learning_rate / (1.0 - s.beta1.powi(s.step as i32));
+            let bias_correction2 = 1.0 - s.beta2.powi(s.step as i32);
+            let denominator = self.exp_avg_sq.sqrt() / bias_correction2.sqrt() + s.epsilon;
+            self.parameter -= step_size * self.exp_avg / denominator;
+        }
+    }
+
+    fn settings(step: u64, weight_decay: f64, gradient_scale: f64) -> AdamWStep {
+        let learning_rate = 1e-2 / step as f64;
+        let (beta1, beta2, epsilon) = (0.9, 0.95, 1e-8);
+        AdamWStep { learning_rate, beta1, beta2, epsilon, weight_decay, step, gradient_scale }
+    }
+
+    fn compare(len: usize, weight_decay: f64, gradient_scale: f64) {
+        let (mut p, mut m, mut v) = (uniform(1, len), vec![0.0; len], vec![0.0; len]);
+        let mut reference: Vec<Element> =
+            widen(&p).into_iter().map(|parameter| Element { parameter, ..Element::default() }).collect();
+        for step in 1..=STEPS {
+            let gradient = uniform(1 + step, len);
+            let settings = settings(step, weight_decay, gradient_scale);
+            update(&mut p, &mut m, &mut v, &gradient, &settings);
+            reference.iter_mut().zip(&gradient).for_each(|(e, g)| e.update(f64::from(*g), &settings));
+        }
+        let field = |f: fn(&Element) -> f64| -> Vec<f64> { reference.iter().map(f).collect() };
+        assert!(error_against(&p, &field(|e| e.parameter)) < TOLERANCE);
+        assert!(error_against(&m, &field(|e| e.exp_avg)) < TOLERANCE);
+        assert!(error_against(&v, &field(|e| e.exp_avg_sq)) < TOLERANCE);
+    }
+
+    #[test]
+    fn follows_pytorch_over_many_steps() {
+        for (len, weight_decay, gradient_scale) in
+            [(1, 0.1, 1.0), (37, 0.0, 1.0), (37, 0.1, 0.01), (CHUNK + 5, 0.5, 1.0), (CHUNK + 5, 0.0, 0.3)]
+        {
+            compare(len, weight_decay, gradient_scale);
+        }
+    }
+
+    #[test]
+    fn without_gradient_only_the_decay_acts() {
+        let (mut p, mut m, mut v) = ([2.0], [0.0], [0.0]);
+        update(&mut p, &mut m, &mut v, &[0.0], &settings(1, 0.5, 1.0));
+        assert_eq!((p, m, v), ([2.0 * (1.0f32 - 0.005)], [0.0], [0.0]));
+    }
 }

@@ -280,3 +280,121 @@ pub fn unmerge_heads(context: &mut [f32], rows: &[f32], shape: &HeadShape) {
         }
     });
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::tests::{
+        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, widen,
+    };
+    use crate::ops::testing::uniform;
+    use proptest::prelude::*;
+
+    /// Context and log-sums of the head-major operands, a query at a time.
+    fn reference(qkv: &[f64], shape: &HeadShape) -> (Vec<f64>, Vec<f64>) {
+        let HeadShape { batch, sequence, heads, kv_heads, head_dim } = *shape;
+        let group = heads / kv_heads;
+        let (mut context, mut log_sums) = (Vec::new(), Vec::new());
+        for (batch, head, query) in
+            (0..batch).flat_map(|b| (0..heads).flat_map(move |h| (0..sequence).map(move |q| (b, h, q))))
+        {
+            let row = |member: usize, position: usize| {
+                let part = (batch * kv_heads + head / group) * (group + 2) + member;
+                &qkv[(part * sequence + position) * head_dim..][..head_dim]
+            };
+            let scale = 1.0 / (head_dim as f64).sqrt();
+            let score = |key| (dot(row(head % group, query), row(group, key)) * scale).exp();
+            let weights: Vec<f64> = (0..=query).map(score).collect();
+            let sum: f64 = weights.iter().sum();
+            log_sums.push(sum.ln());
+            let mean = |i| weights.iter().enumerate().map(|(key, w)| w / sum * row(group + 1, key)[i]).sum();
+            context.extend((0..head_dim).map(|i| -> f64 { mean(i) }));
+        }
+        (context, log_sums)
+    }
+
+    /// Groups of 1 to 4, any even width, sequences of up to three tiles.
+    fn shapes() -> impl Strategy<Value = HeadShape> {
+        (1usize..3, 1usize..150, 1usize..3, 1usize..5, 1usize..13).prop_map(
+            |(batch, sequence, kv_heads, group, half)| HeadShape {
+                batch,
+                sequence,
+                heads: kv_heads * group,
+                kv_heads,
+                head_dim: 2 * half,
+            },
+        )
+    }
+
+    fn forward_of(qkv: &[f32], shape: &HeadShape) -> (Vec<f32>, Vec<f32>) {
+        let rows = shape.batch * shape.sequence;
+        let mut context = vec![f32::NAN; rows * shape.context_width()];
+        let mut log_sums = vec![f32::NAN; rows * shape.heads];
+        forward(&mut context, &mut log_sums, qkv, shape);
+        (context, log_sums)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn attends_and_its_gradient_is_the_slope(shape in shapes(), size in 0.5f32..3.0) {
+            let rows = shape.batch * shape.sequence;
+            let qkv: Vec<f32> = uniform(1, rows * shape.qkv_width()).iter().map(|x| x * size).collect();
+            let (context, log_sums) = forward_of(&qkv, &shape);
+            let (context64, log_sums64) = reference(&widen(&qkv), &shape);
+            prop_assert!(error_against(&context, &context64) < FORWARD_TOLERANCE);
+            // Log-sums can all be small; they go into an exponent, so that the absolute error counts.
+            for (log_sum, expected) in log_sums.iter().zip(&log_sums64) {
+                prop_assert!((f64::from(*log_sum) - expected).abs() < FORWARD_TOLERANCE * expected.abs().max(1.0));
+            }
+
+            let d_context = uniform(2, context.len());
+            let mut d_qkv = vec![f32::NAN; qkv.len()];
+            backward(&mut d_qkv, &d_context, &context, &qkv, &log_sums, &shape);
+            let d64 = widen(&d_context);
+            let error = gradient_error(&d_qkv, &qkv, |qkv| dot(&reference(qkv, &shape).0, &d64));
+            prop_assert!(error < GRADIENT_TOLERANCE, "{error}");
+        }
+
+        #[test]
+        fn heads_merge_and_part_again(shape in shapes()) {
+            let HeadShape { batch, sequence, heads, head_dim, .. } = shape;
+            let context = uniform(1, batch * sequence * shape.context_width());
+            let mut rows = vec![f32::NAN; context.len()];
+            merge_heads(&mut rows, &context, &shape);
+            let (b, h, t) = (batch - 1, heads / 2, sequence / 2);
+            let at_row = ((b * sequence + t) * heads + h) * head_dim;
+            let at_head = ((b * heads + h) * sequence + t) * head_dim;
+            prop_assert_eq!(rows[at_row], context[at_head]);
+            let mut back = vec![f32::NAN; context.len()];
+            unmerge_heads(&mut back, &rows, &shape);
+            prop_assert_eq!(back, context);
+        }
+    }
+
+    #[test]
+    fn the_future_is_not_seen() {
+        let shape = HeadShape { batch: 1, sequence: 70, heads: 2, kv_heads: 1, head_dim: 4 };
+        let mut qkv = uniform(1, 70 * shape.qkv_width());
+        let before = forward_of(&qkv, &shape).0;
+        // Other keys and values at the last position only.
+        for part in 2..4 {
+            qkv[(part * 70 + 69) * 4..][..4].fill(7.0);
+        }
+        let after = forward_of(&qkv, &shape).0;
+        for head in 0..2 {
+            assert_eq!(before[head * 280..][..276], after[head * 280..][..276]);
+            assert_ne!(before[head * 280 + 276..][..4], after[head * 280 + 276..][..4]);
+        }
+    }
+
+    #[test]
+    fn large_scores_do_not_overflow() {
+        let shape = HeadShape { batch: 1, sequence: 3, heads: 1, kv_heads: 1, head_dim: 2 };
+        let qkv: Vec<f32> = uniform(1, 18).iter().map(|x| x * 1e3).collect();
+        let (context, log_sums) = forward_of(&qkv, &shape);
+        let mut d_qkv = vec![f32::NAN; 18];
+        backward(&mut d_qkv, &[1.0; 6], &context, &qkv, &log_sums, &shape);
+        assert!(context.iter().chain(&log_sums).chain(&d_qkv).all(|x| x.is_finite()));
+    }
+}

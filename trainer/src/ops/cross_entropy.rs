@@ -22,7 +22,8 @@ pub fn forward(
     vocab: usize,
 ) {
     let width = hidden.len() / targets.len();
-    let chunks = losses.chunks_mut(CHUNK_ROWS).zip(targets.chunks(CHUNK_ROWS)).zip(hidden.chunks(CHUNK_ROWS * width));
+    let chunks =
+        losses.chunks_mut(CHUNK_ROWS).zip(targets.chunks(CHUNK_ROWS)).zip(hidden.chunks(CHUNK_ROWS * width));
     for ((losses, targets), hidden) in chunks {
         let logits = &mut logits[..targets.len() * vocab];
         let hidden = Matrix::new(hidden, targets.len(), width);
@@ -63,10 +64,16 @@ pub fn forward_backward(
 
 /// Losses of a chunk; with a scale that is not 0, logits become `scale * (softmax - one-hot target)` in place.
 fn normalise(losses: &mut [f32], logits: &mut [f32], targets: &[u32], vocab: usize, scale: f32) {
-    (losses.par_chunks_mut(TASK_ROWS), logits.par_chunks_mut(TASK_ROWS * vocab), targets.par_chunks(TASK_ROWS))
+    (
+        losses.par_chunks_mut(TASK_ROWS),
+        logits.par_chunks_mut(TASK_ROWS * vocab),
+        targets.par_chunks(TASK_ROWS),
+    )
         .into_par_iter()
         .for_each(|(losses, logits, targets)| {
-            for ((loss, logits), &target) in losses.iter_mut().zip(logits.chunks_exact_mut(vocab)).zip(targets) {
+            for ((loss, logits), &target) in
+                losses.iter_mut().zip(logits.chunks_exact_mut(vocab)).zip(targets)
+            {
                 *loss = normalise_row(logits, target as usize, scale);
             }
         });
@@ -87,4 +94,61 @@ fn normalise_row(logits: &mut [f32], target: usize, scale: f32) -> f32 {
         logits[target] -= scale;
     }
     libm::logf(sum) - target_logit
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::linear::tests::{
+        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, widen,
+    };
+    use crate::ops::testing::uniform;
+    use proptest::prelude::*;
+
+    fn reference(hidden: &[f64], weight: &[f64], targets: &[u32]) -> Vec<f64> {
+        let width = hidden.len() / targets.len();
+        let of_row = |(hidden, &target): (&[f64], &u32)| {
+            let logits: Vec<f64> = weight.chunks_exact(width).map(|w| dot(hidden, w)).collect();
+            logits.iter().map(|logit| logit.exp()).sum::<f64>().ln() - logits[target as usize]
+        };
+        hidden.chunks_exact(width).zip(targets).map(of_row).collect()
+    }
+
+    fn some_targets(rows: usize, vocab: usize) -> Vec<u32> {
+        (0..rows).map(|row| ((row * row + 3 * row) % vocab) as u32).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(16))]
+        #[test]
+        fn losses_and_gradients(rows in 1usize..600, width in 1usize..24, vocab in 2usize..70, scale in 0.1f32..2.0) {
+            let (hidden, weight) = (uniform(1, rows * width), uniform(2, vocab * width));
+            let targets = some_targets(rows, vocab);
+            let mut logits = vec![f32::NAN; rows.min(CHUNK_ROWS) * vocab];
+            let head = Matrix::new(&weight, vocab, width);
+            let mut losses = vec![f32::NAN; rows];
+            forward(&mut losses, &mut logits, &hidden, head, &targets, vocab);
+            let (hidden64, weight64) = (widen(&hidden), widen(&weight));
+            prop_assert!(error_against(&losses, &reference(&hidden64, &weight64, &targets)) < FORWARD_TOLERANCE);
+
+            let (mut d_hidden, mut d_weight) = (vec![f32::NAN; hidden.len()], vec![f32::NAN; weight.len()]);
+            let mut again = vec![f32::NAN; rows];
+            forward_backward(
+                &mut again, &mut d_hidden, &mut d_weight, &mut logits, &hidden, head, &targets, scale,
+            );
+            prop_assert_eq!(again, losses);
+            let sum = |losses: Vec<f64>| f64::from(scale) * losses.iter().sum::<f64>();
+            let of_hidden = gradient_error(&d_hidden, &hidden, |x| sum(reference(x, &weight64, &targets)));
+            let of_weight = gradient_error(&d_weight, &weight, |w| sum(reference(&hidden64, w, &targets)));
+            prop_assert!(of_hidden < GRADIENT_TOLERANCE, "hidden: {of_hidden}");
+            prop_assert!(of_weight < GRADIENT_TOLERANCE, "weight: {of_weight}");
+        }
+    }
+
+    #[test]
+    fn large_logits_do_not_overflow() {
+        let (weight, mut losses, mut logits) = ([1e4, -1e4, 0.0], [0.0; 2], [0.0; 6]);
+        forward(&mut losses, &mut logits, &[1.0, 1.0], Matrix::new(&weight, 3, 1), &[0, 1], 3);
+        assert_eq!(losses, [0.0, 2e4]);
+    }
 }

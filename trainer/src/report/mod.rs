@@ -5,8 +5,8 @@ mod svg;
 mod table;
 mod terminal;
 
-use growth_crds::plan::StagePlan;
 use crate::training::history::History;
+use growth_crds::plan::StagePlan;
 use serde::Serialize;
 
 pub use svg::svg;

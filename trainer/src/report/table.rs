@@ -9,7 +9,15 @@ pub fn table(stages: &[StageReport]) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     table.set_header([
-        "STAGE", "LAYERS", "PARAMETERS", "NON-EMBEDDING", "TOKENS", "FLOPS", "TIME", "LOSS BEFORE", "LOSS AFTER",
+        "STAGE",
+        "LAYERS",
+        "PARAMETERS",
+        "NON-EMBEDDING",
+        "TOKENS",
+        "FLOPS",
+        "TIME",
+        "LOSS BEFORE",
+        "LOSS AFTER",
     ]);
     for stage in stages {
         table.add_row([

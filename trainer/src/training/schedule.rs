@@ -45,7 +45,8 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const COSINE: SchedulePlan = SchedulePlan::Cosine { warmup_tokens: 100, horizon_tokens: 1100, min_ratio: 0.1 };
+    const COSINE: SchedulePlan =
+        SchedulePlan::Cosine { warmup_tokens: 100, horizon_tokens: 1100, min_ratio: 0.1 };
     const WSD: SchedulePlan =
         SchedulePlan::Wsd { warmup_tokens: 100, decay_tokens: 200, end_tokens: 1000, min_ratio: 0.0 };
 

@@ -182,14 +182,14 @@ impl<'a> StageRun<'a> {
         let retention = Retention { keep_last: plan.checkpoint.keep_last, ..Retention::default() };
         let last_good = resumed.as_ref().map(|manifest| checkpoint::checkpoint_folder(storage, manifest));
         let last_good = last_good.map(|folder| folder.uri().to_owned());
-        let checkpointer =
-            AsyncCheckpointer::start(writer(plan, location, dataset), retention, last_good)?;
-        let validation = dataset.validation_sequences(training.sequence_length, plan.evaluation.tokens)?;
+        let checkpointer = AsyncCheckpointer::start(writer(plan, location, dataset), retention, last_good)?;
+        let validation =
+            dataset.validation_tokens(training.sequence_length as usize, plan.evaluation.tokens)?;
         let tokens = engine.global_batch_tokens();
         Ok(Self {
             plan,
             dataset,
-            order: TrainingOrder::new(dataset, &plan.data.train, training.sequence_length, training.seed)?,
+            order: training_order(plan, dataset)?,
             engine,
             state,
             history,
@@ -302,6 +302,16 @@ impl<'a> StageRun<'a> {
     }
 }
 
+/// The order in which the stage's job reads its training data.
+///
+/// # Errors
+/// When a source holds no whole sequence, or its share of the mixture is too small.
+pub fn training_order(plan: &StagePlan, dataset: &Dataset) -> Result<TrainingOrder> {
+    let weights: Vec<f64> = plan.data.train.iter().map(|source| source.weight).collect();
+    let StagePlan { training, .. } = plan;
+    Ok(TrainingOrder::new(dataset, &weights, training.sequence_length as usize, training.seed)?)
+}
+
 fn check_vocabulary(plan: &StagePlan, dataset: &Dataset) -> Result<()> {
     let (tokenizer, model) = (dataset.tokenizer().vocab_size(), plan.model.vocab_size);
     if tokenizer > model {
@@ -355,10 +365,8 @@ pub fn read_history(storage: &Storage, manifest: &CheckpointManifest) -> Result<
 
 /// Weights of the Hugging Face folder that the first stage starts from.
 fn import(plan: &StagePlan, uri: &str) -> Result<Vec<f32>> {
-    let options = StorageOptions {
-        endpoint: plan.storage.endpoint.clone(),
-        region: plan.storage.region.clone(),
-    };
+    let options =
+        StorageOptions { endpoint: plan.storage.endpoint.clone(), region: plan.storage.region.clone() };
     let folder = HuggingFaceFolder::open(&Storage::open(uri, &options)?)?;
     check_architecture(plan, uri, &folder)?;
     Ok(folder.load()?.parameters)
@@ -406,7 +414,9 @@ fn copy_state(snapshot: &mut TrainingState, state: &TrainingState) {
         (&mut snapshot.exp_avg_sq, &state.exp_avg_sq),
     ] {
         to.resize(from.len(), 0.0);
-        to.par_chunks_mut(COPY_CHUNK).zip(from.par_chunks(COPY_CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
+        to.par_chunks_mut(COPY_CHUNK)
+            .zip(from.par_chunks(COPY_CHUNK))
+            .for_each(|(to, from)| to.copy_from_slice(from));
     }
 }
 
@@ -420,7 +430,9 @@ fn note_outcome(outcome: checkpoint::Outcome, reporter: &Reporter) -> Result<()>
         }
         Err(error @ CheckpointError::Superseded { .. }) => Err(error.into()),
         Err(error) => {
-            reporter.note(&format!("warning: a checkpoint could not be written and is tried again later: {error}"));
+            reporter.note(&format!(
+                "warning: a checkpoint could not be written and is tried again later: {error}"
+            ));
             Ok(())
         }
     }

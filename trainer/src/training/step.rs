@@ -43,7 +43,12 @@ pub struct StepReport {
 
 impl StepEngine {
     /// Allocates every buffer of a step of `global_batch_tokens` tokens in micro-batches of `micro_batch_tokens`.
-    pub fn new(config: ModelConfig, sequence: u32, micro_batch_tokens: u64, global_batch_tokens: u64) -> Self {
+    pub fn new(
+        config: ModelConfig,
+        sequence: u32,
+        micro_batch_tokens: u64,
+        global_batch_tokens: u64,
+    ) -> Self {
         let (sequence, micro_batch_tokens) = (sequence as usize, micro_batch_tokens as usize);
         let global_batch_tokens = global_batch_tokens as usize;
         let sizes = Sizes::new(&config, micro_batch_tokens / sequence, sequence);
@@ -97,7 +102,8 @@ impl StepEngine {
     /// filled up with the first sequences, whose losses then do not count twice.
     pub fn evaluate(&mut self, parameters: &[f32], ids: &[u32], targets: &[u32]) -> f64 {
         let mut sum = 0.0;
-        for (ids, targets) in ids.chunks(self.micro_batch_tokens).zip(targets.chunks(self.micro_batch_tokens)) {
+        for (ids, targets) in ids.chunks(self.micro_batch_tokens).zip(targets.chunks(self.micro_batch_tokens))
+        {
             let fill = |tokens: &[u32]| -> Vec<u32> {
                 tokens.iter().cycle().take(self.micro_batch_tokens).copied().collect()
             };
