@@ -128,9 +128,13 @@ impl Storage {
             return Self::open_local(uri);
         }
         let address = |reason: String| StorageError::Address { uri: uri.to_owned(), reason };
+        let plain_http = uri.starts_with("http://");
         let url = Url::parse(uri).map_err(|error| address(error.to_string()))?;
         let mut settings: Vec<(String, String)> =
             std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value)).collect();
+        if plain_http {
+            settings.push(("allow_http".to_owned(), "true".to_owned()));
+        }
         if let Some(endpoint) = &options.endpoint {
             settings.push(("aws_endpoint".to_owned(), endpoint.clone()));
             settings.push(("aws_allow_http".to_owned(), endpoint.starts_with("http://").to_string()));
@@ -168,7 +172,9 @@ impl Storage {
     }
 
     fn path(&self, name: &str) -> Path {
-        self.prefix.parts().chain(Path::from(name).parts()).collect()
+        // As it is: a listed name must not be escaped again. Only what no store would take is escaped.
+        let name = Path::parse(name).unwrap_or_else(|_| Path::from(name));
+        self.prefix.parts().chain(name.parts()).collect()
     }
 
     fn error(&self, name: &str) -> impl FnOnce(object_store::Error) -> StorageError {

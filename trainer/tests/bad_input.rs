@@ -25,7 +25,11 @@ fn mistakes_in_the_manifest_are_placed() {
         "numKeyValueHead: 2",
         &["job.yaml:5:", "spec.model.numKeyValueHead:", "did you mean numKeyValueHeads?"],
     );
-    refused("numKeyValueHeads: 2", "numKeyValueHeads: 3", &["job.yaml:5:", "spec.model.numKeyValueHeads:"]);
+    refused(
+        "numKeyValueHeads: 2",
+        "numKeyValueHeads: 3",
+        &["job.yaml:5:", "spec.model", "numKeyValueHeads must divide"],
+    );
     refused("hiddenSize: 32", "hiddenSize: thirty", &["job.yaml:5:", "spec.model.hiddenSize:", "integer"]);
     refused("hiddenSize: 32", "hiddenSize: 0", &["spec.model.hiddenSize:"]);
     refused(
@@ -61,8 +65,8 @@ fn mistakes_in_the_data_name_the_source() {
     );
     refused(
         "tokenizer: {train: {vocabSize: 320}}",
-        "tokenizer: {uri: \"file://./tokenizer.json\"}\n  ",
-        &["spec."],
+        "tokenizer: {uri: \"file://./tokenizer.json\"}",
+        &["spec: vocabSize is missing", "data.tokenizer.uri"],
     );
     refused("sequenceLength: 32", "sequenceLength: 64\n    precision: float16", &["spec.training.precision"]);
 }

@@ -195,10 +195,11 @@ impl SourceFile<'_> {
             if read as u64 == LONGEST_LINE && line.last() != Some(&b'\n') {
                 return Err(at("longer than 1 GiB; one document is one line".to_owned()).into());
             }
-            if line.iter().all(u8::is_ascii_whitespace) {
+            let line = line.trim_ascii();
+            if line.is_empty() {
                 continue;
             }
-            match self.text_of_line(&line).map_err(at)? {
+            match self.text_of_line(line).map_err(at)? {
                 Some(text) => hand_over(&text, uri, sink)?,
                 None => sink(Item::Skipped)?,
             }
@@ -217,6 +218,8 @@ impl SourceFile<'_> {
             Ok(Some(text)) => Ok(text),
             Ok(None) => Err(missing(self.source_field, "field", self.column, &names)),
             Err(error) => {
+                // The parser's own line is always 1; ours is named in front.
+                let error = error.to_string().replace(" at line 1 column ", " at column ");
                 Err(format!("{error}; every line has to be a JSON object with a text in {:?}", self.column))
             }
         }

@@ -144,7 +144,12 @@ impl Address {
         if name.is_empty() {
             return Err(format!("{uri} is a folder; write a pattern: {}/**", uri.trim_end_matches('/')));
         }
-        let folder = if folder.is_empty() { "." } else { folder };
+        let folder = match folder.trim_end_matches('/') {
+            "" if folder.is_empty() => ".",
+            // The root, or the home folder as storage knows it.
+            "" | "~" => folder,
+            trimmed => trimmed,
+        };
         let name =
             if name.contains('*') { Name::Pattern(pattern(name)?) } else { Name::File(name.to_owned()) };
         Ok(Self { folder: format!("{scheme}://{folder}"), name })
@@ -185,12 +190,12 @@ mod tests {
 
     #[test]
     fn an_address_is_a_folder_and_a_name() {
-        assert_eq!(folder_and_name("file:///a/b/c.txt"), ("file:///a/b/".into(), false));
+        assert_eq!(folder_and_name("file:///a/b/c.txt"), ("file:///a/b".into(), false));
         assert_eq!(folder_and_name("file:///a.txt"), ("file:///".into(), false));
         assert_eq!(folder_and_name("file://a.txt"), ("file://.".into(), false));
-        assert_eq!(folder_and_name("file://~/x/**/*.rs"), ("file://~/x/".into(), true));
-        assert_eq!(folder_and_name("s3://bucket/a/part-*/x.jsonl"), ("s3://bucket/a/".into(), true));
-        assert_eq!(folder_and_name("https://host/x/y.txt.gz"), ("https://host/x/".into(), false));
+        assert_eq!(folder_and_name("file://~/x/**/*.rs"), ("file://~/x".into(), true));
+        assert_eq!(folder_and_name("s3://bucket/a/part-*/x.jsonl"), ("s3://bucket/a".into(), true));
+        assert_eq!(folder_and_name("https://host/x/y.txt.gz"), ("https://host/x".into(), false));
     }
 
     #[test]

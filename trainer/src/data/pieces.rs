@@ -13,7 +13,7 @@ const CHARACTER_BYTES: usize = 4;
 pub(super) struct PieceLimits {
     /// A text up to this length is one piece, and a cut is made at the first good place from here on.
     pub target: usize,
-    /// Without a good place the cut is here, between two characters.
+    /// Without a good place the cut is here, between two characters; a last character or two may follow it.
     pub maximum: usize,
 }
 
@@ -141,7 +141,8 @@ mod tests {
     #[test]
     fn cuts_between_characters_where_nothing_is_better() {
         let limits = PieceLimits { target: 3, maximum: 7 };
-        assert_eq!(cut("ééééééé", limits), ["ééé", "ééé", "é"]);
+        assert_eq!(cut("ééééééé", limits), ["ééé", "éééé"]);
+        assert_eq!(cut(&"é".repeat(10), limits), ["ééé", "ééé", "éééé"]);
     }
 
     #[test]

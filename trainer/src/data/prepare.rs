@@ -22,6 +22,9 @@ const TOKENIZER_TRAINER_VERSION: u32 = 1;
 /// Bytes of text that one thread encodes of a batch.
 const BATCH_BYTES_PER_THREAD: usize = 1 << 20;
 
+/// Memory of a piece beside its text, so that a batch of very short documents is not many times its text.
+const PIECE_BYTES: usize = 64;
+
 /// Batches between the reader and the encoder.
 const BATCHES_AHEAD: usize = 2;
 
@@ -244,7 +247,10 @@ impl<'a> Sources<'a> {
             },
         )?;
         match done {
-            0 => Err(field_error("spec.data.train", "there is no text to train the tokenizer on")),
+            0 => Err(field_error(
+                "spec.data.train",
+                "no text to train the tokenizer on: every document is empty, not UTF-8 or held out; check uri, format and field",
+            )),
             _ => Ok(counts),
         }
     }
@@ -281,8 +287,11 @@ impl<'a> Sources<'a> {
                     if from_file >= share {
                         return Err(Stop::Enough);
                     }
-                    let text = piece?;
-                    from_file += text.len() as u64;
+                    let mut text = piece?;
+                    let length = text.len() as u64;
+                    // A piece may be 1 MiB: whole, it would leave nothing to the sources after this one.
+                    text.truncate(text.floor_char_boundary((share - from_file) as usize));
+                    from_file += length;
                     batcher.push(Piece { text, ends_document: false, held_out: false })?;
                 }
                 Ok(())
@@ -291,7 +300,7 @@ impl<'a> Sources<'a> {
                 Err(Stop::Enough) if batcher.is_open => {}
                 read => read?,
             }
-            taken += from_file;
+            taken += from_file.min(share);
         }
         Ok(taken)
     }
@@ -483,7 +492,8 @@ impl Batcher {
     fn push(&mut self, piece: Piece) -> std::result::Result<(), Stop> {
         self.batch.text_bytes += piece.text.len();
         self.batch.pieces.push(piece);
-        if self.batch.text_bytes >= self.batch_bytes { self.send() } else { Ok(()) }
+        let held = self.batch.text_bytes + self.batch.pieces.len() * PIECE_BYTES;
+        if held >= self.batch_bytes { self.send() } else { Ok(()) }
     }
 
     fn begin_source(&mut self, source: usize) -> std::result::Result<(), Stop> {
@@ -526,6 +536,8 @@ fn pipeline(
 /// The shards being written.
 struct Output {
     train: Vec<ShardWriter>,
+    /// Documents of each training source that are held out.
+    held_out: Vec<u64>,
     validation: ShardWriter,
 }
 
@@ -539,6 +551,7 @@ impl Output {
         };
         Self {
             train: train.map(|(i, files)| writer(format!("train-{i}"), files.source.uri.clone())).collect(),
+            held_out: vec![0; sources.train.len()],
             validation: writer("validation".to_owned(), validation),
         }
     }
@@ -552,6 +565,9 @@ impl Output {
             if piece.ends_document {
                 writer.append(separator)?;
                 writer.part().documents += 1;
+                if piece.held_out {
+                    self.held_out[batch.source] += 1;
+                }
             }
         }
         Ok(())
@@ -567,9 +583,11 @@ impl Output {
     fn finish(self, sources: &Sources) -> Result<(Vec<Part>, Part)> {
         let train: Vec<Part> = self.train.into_iter().map(ShardWriter::finish).collect::<Result<_>>()?;
         let validation = self.validation.finish()?;
-        for (part, files) in train.iter().zip(&sources.train) {
-            if part.tokens == 0 {
-                return Err(no_text(&files.field, part, files.files.len()));
+        for ((part, files), held_out) in train.iter().zip(&sources.train).zip(self.held_out) {
+            match held_out {
+                _ if part.tokens > 0 => {}
+                0 => return Err(no_text(&files.field, part, files.files.len())),
+                _ => return Err(all_held_out(&part.uri, held_out)),
             }
         }
         match sources.spec.hold_out_percent {
@@ -587,6 +605,13 @@ impl Output {
             _ => Ok((train, validation)),
         }
     }
+}
+
+fn all_held_out(uri: &str, documents: u64) -> DataError {
+    let reason = format!(
+        "it holds out every document of {uri} ({documents}); lower it, add documents, or name files in validation"
+    );
+    field_error("spec.data.holdOutPercent", reason)
 }
 
 fn no_text(field: &str, part: &Part, files: usize) -> DataError {

@@ -173,3 +173,26 @@ impl ShardWriter {
         super::DataError::File { file: uri, reason: format!("cannot be written: {error}") }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn two_bytes_hold_65536_ids() {
+        assert_eq!([1, 1 << 16, (1 << 16) + 1, u32::MAX].map(token_bytes), [2, 2, 4, 4]);
+    }
+
+    proptest! {
+        #[test]
+        fn ids_come_back(vocab_size in 1u32.., shares in prop::collection::vec(0.0..1.0f64, 0..50)) {
+            let ids: Vec<u32> = shares.iter().map(|share| (f64::from(vocab_size) * share) as u32).collect();
+            let bytes = to_bytes(&ids, token_bytes(vocab_size));
+            prop_assert_eq!(bytes.len(), ids.len() * token_bytes(vocab_size));
+            let mut read = vec![0; ids.len()];
+            from_bytes(&bytes, &mut read);
+            prop_assert_eq!(read, ids);
+        }
+    }
+}

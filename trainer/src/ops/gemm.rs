@@ -8,6 +8,9 @@ use rayon::prelude::*;
 /// Products of fewer multiply-adds than this run on the calling thread: waking another costs more.
 const PARALLEL_WORK: usize = 1 << 18;
 
+/// Rows and columns of the widest kernel's tile; parts of a product are multiples of it.
+const KERNEL: usize = 16;
+
 /// A matrix that is read: `rows` x `cols` elements of a buffer.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a> {
@@ -44,6 +47,10 @@ impl<'a> Matrix<'a> {
     fn row_block(self, first: usize, rows: usize) -> Self {
         Self { data: &self.data[first * self.row_stride..], rows, ..self }
     }
+
+    fn column_block(self, first: usize, cols: usize) -> Self {
+        Self { data: &self.data[first * self.col_stride..], cols, ..self }
+    }
 }
 
 /// A matrix that is written: rows lie `row_stride` elements apart.
@@ -77,34 +84,70 @@ pub enum Output {
     Accumulate,
 }
 
-/// `out = a b` or `out += a b`; `a` is [M, K], `b` is [K, N], `out` is [M, N]. Parallel over rows of `out`.
+/// `out = a b` or `out += a b`; `a` is [M, K], `b` is [K, N], `out` is [M, N]. Parallel over rows of `out`, or over
+/// its columns where there are more of them: a task packs its part of the one matrix and all of the other.
 pub fn gemm(out: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, output: Output) {
     check(&out, a, b);
     let threads = rayon::current_num_threads();
-    if threads == 1 || a.rows * a.cols * b.cols < PARALLEL_WORK || a.rows == 1 {
+    if threads == 1 || a.rows * a.cols * b.cols < PARALLEL_WORK {
         return gemm_serial(out, a, b, 1.0, output);
     }
-    // One block a thread: every block packs `b` for itself.
-    let block = a.rows.div_ceil(threads).next_multiple_of(8);
-    let MatrixMut { data, rows, cols, row_stride } = out;
-    data[..(rows - 1) * row_stride + cols].par_chunks_mut(block * row_stride).enumerate().for_each(
-        |(index, data)| {
-            let first = index * block;
-            let rows = block.min(rows - first);
-            gemm_serial(MatrixMut { data, rows, cols, row_stride }, a.row_block(first, rows), b, 1.0, output);
-        },
-    );
+    let by_columns = b.cols > a.rows;
+    let length = if by_columns { b.cols } else { a.rows };
+    let block = length.div_ceil(threads).next_multiple_of(KERNEL);
+    let target = SharedOutput(out.data.as_mut_ptr());
+    (0..length.div_ceil(block)).into_par_iter().for_each(|index| {
+        let first = index * block;
+        let count = block.min(length - first);
+        let (a, b, offset) = if by_columns {
+            (a, b.column_block(first, count), first)
+        } else {
+            (a.row_block(first, count), b, first * out.row_stride)
+        };
+        // SAFETY: `check` holds for the whole product, and each task writes rows or columns of its own.
+        unsafe { multiply(target.at(offset), out.row_stride, a, b, 1.0, output) };
+    });
+}
+
+/// Where tasks write disjoint parts of one output.
+#[derive(Clone, Copy)]
+struct SharedOutput(*mut f32);
+
+// SAFETY: `gemm` alone makes one; its tasks write disjoint elements of a buffer that it borrows mutably.
+unsafe impl Sync for SharedOutput {}
+
+impl SharedOutput {
+    /// # Safety
+    /// `offset` lies in the buffer.
+    unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: see above.
+        unsafe { self.0.add(offset) }
+    }
 }
 
 /// `out = scale a b` or `out += scale a b` on the calling thread.
 pub fn gemm_serial(out: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f32, output: Output) {
     check(&out, a, b);
+    // SAFETY: the constructors and `check` make sure that the three buffers hold what the sizes and strides
+    // address, and `out` is borrowed mutably, so nothing aliases it.
+    unsafe { multiply(out.data.as_mut_ptr(), out.row_stride, a, b, scale, output) };
+}
+
+/// # Safety
+/// `out` holds `a.rows` rows of `b.cols` elements, `row_stride` apart, that nobody else touches meanwhile.
+unsafe fn multiply(
+    out: *mut f32,
+    row_stride: usize,
+    a: Matrix<'_>,
+    b: Matrix<'_>,
+    scale: f32,
+    output: Output,
+) {
     let beta = match output {
         Output::Overwrite => 0.0,
         Output::Accumulate => 1.0,
     };
-    // SAFETY: the constructors and `check` make sure that the three buffers hold what the sizes and strides
-    // address, and `out` is borrowed mutably, so nothing aliases it.
+    // SAFETY: the constructors of `a` and `b` checked their buffers, the caller vouches for `out`.
     unsafe {
         matrixmultiply::sgemm(
             a.rows,
@@ -118,8 +161,8 @@ pub fn gemm_serial(out: MatrixMut<'_>, a: Matrix<'_>, b: Matrix<'_>, scale: f32,
             b.row_stride as isize,
             b.col_stride as isize,
             beta,
-            out.data.as_mut_ptr(),
-            out.row_stride as isize,
+            out,
+            row_stride as isize,
             1,
         );
     }

@@ -110,7 +110,8 @@ impl StepEngine {
             let (counted, ids, targets) = (ids.len(), fill(ids), fill(targets));
             let tokens = Tokens { ids: &ids, targets: &targets, sequence: self.sequence };
             let losses = self.model.losses(&mut self.activations, parameters, tokens);
-            sum += losses[..counted].iter().map(|loss| f64::from(*loss)).sum::<f64>();
+            // One by one, so that the sum does not depend on the size of a micro-batch.
+            sum = losses[..counted].iter().fold(sum, |sum, loss| sum + f64::from(*loss));
         }
         sum / ids.len() as f64
     }
