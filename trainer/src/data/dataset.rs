@@ -182,29 +182,44 @@ fn fill(
     assert_eq!(inputs.len(), sequences.len() * sequence_length, "inputs are whole sequences");
     assert_eq!(inputs.len(), targets.len(), "inputs and targets are of one length");
     let rows = inputs.chunks_mut(sequence_length).zip(targets.chunks_mut(sequence_length));
-    let mut work: Vec<_> = sequences.iter().zip(rows).collect();
-    let is_remote = sequences.iter().any(|(stream, _)| stream.is_remote());
+    let mut work: Vec<Row> = sequences
+        .iter()
+        .zip(rows)
+        .map(|(&(stream, sequence), (inputs, targets))| Row { stream, sequence, inputs, targets })
+        .collect();
     // A local read takes microseconds, less than a thread; a remote one takes as long as many go at once.
-    let share = if is_remote { work.len().div_ceil(FETCHES) } else { work.len() }.max(1);
-    let fill_share = |share: &mut [(&(&TokenStream, u64), (&mut [u32], &mut [u32]))]| {
-        share.iter_mut().try_for_each(|((stream, sequence), (inputs, targets))| {
-            let mut tokens = vec![0; sequence_length + 1];
-            stream.read(sequence * sequence_length as u64, &mut tokens)?;
-            inputs.copy_from_slice(&tokens[..sequence_length]);
-            targets.copy_from_slice(&tokens[1..]);
-            Ok(())
-        })
-    };
-    if !is_remote {
-        return fill_share(&mut work);
+    if !sequences.iter().any(|(stream, _)| stream.is_remote()) {
+        return work.iter_mut().try_for_each(Row::fill);
     }
+    let share = work.len().div_ceil(FETCHES).max(1);
     thread::scope(|scope| {
-        let threads: Vec<_> =
-            work.chunks_mut(share).map(|share| scope.spawn(move || fill_share(share))).collect();
+        let threads: Vec<_> = work
+            .chunks_mut(share)
+            .map(|rows| scope.spawn(move || rows.iter_mut().try_for_each(Row::fill)))
+            .collect();
         threads
             .into_iter()
             .try_for_each(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
     })
+}
+
+/// One sequence to read, and where it goes.
+struct Row<'a> {
+    stream: &'a TokenStream,
+    sequence: u64,
+    inputs: &'a mut [u32],
+    targets: &'a mut [u32],
+}
+
+impl Row<'_> {
+    fn fill(&mut self) -> Result<()> {
+        let sequence_length = self.inputs.len();
+        let mut tokens = vec![0; sequence_length + 1];
+        self.stream.read(self.sequence * sequence_length as u64, &mut tokens)?;
+        self.inputs.copy_from_slice(&tokens[..sequence_length]);
+        self.targets.copy_from_slice(&tokens[1..]);
+        Ok(())
+    }
 }
 
 fn damaged(folder: &Storage, name: &str, reason: impl Into<String>) -> DataError {

@@ -180,8 +180,8 @@ mod tests {
         fn in_a_mixture_too(tokens in prop::collection::vec(11u64..3000, 2..5), seed: u64) {
             let weights: Vec<f64> = (1..=tokens.len()).map(|i| i as f64).collect();
             let order = order(&tokens, &weights, seed);
-            for source in 0..tokens.len() {
-                let length = sequences(tokens[source], 10);
+            for (source, &tokens) in tokens.iter().enumerate() {
+                let length = sequences(tokens, 10);
                 let of_source = order.samples(0, 8192).into_iter().filter(|sample| sample.source == source);
                 let of_source: Vec<u64> = of_source.map(|sample| sample.sequence).collect();
                 for epoch in of_source.chunks_exact(length as usize) {

@@ -206,3 +206,34 @@ impl Activations {
         floats as u64 * size_of::<f32>() as u64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn the_plan_predicts_the_allocation(
+            heads in 1u32..5, group in 1u32..4, half_dim in 1u32..9, hidden in 4u32..40, ffn in 4u32..60,
+            layers in 1u32..4, batch in 1usize..5, sequence in 2usize..150, vocab in 260u32..400,
+        ) {
+            let config = ModelConfig {
+                hidden_size: hidden,
+                intermediate_size: ffn,
+                num_hidden_layers: layers,
+                num_attention_heads: heads * group,
+                num_key_value_heads: heads,
+                head_dim: 2 * half_dim,
+                vocab_size: vocab,
+                max_position_embeddings: 150,
+                rope_theta: 1e4,
+                rms_norm_eps: 1e-5,
+                tie_word_embeddings: false,
+            };
+            let activations = Activations::for_training(&Sizes::new(&config, batch, sequence));
+            let predicted = config.memory((batch * sequence) as u64, 1).activations_bytes;
+            prop_assert_eq!(activations.bytes(), predicted);
+        }
+    }
+}

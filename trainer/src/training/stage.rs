@@ -405,7 +405,8 @@ pub fn tokenizer_files(plan: &StagePlan, dataset: &Dataset) -> Vec<ExtraFile> {
     ]
 }
 
-fn copy_state(snapshot: &mut TrainingState, state: &TrainingState) {
+/// Copies a state into a snapshot, whose buffers are used again.
+pub fn copy_state(snapshot: &mut TrainingState, state: &TrainingState) {
     (snapshot.step, snapshot.tokens, snapshot.optimizer_step) =
         (state.step, state.tokens, state.optimizer_step);
     for (to, from) in [

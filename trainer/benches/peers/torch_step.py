@@ -1,0 +1,180 @@
+#!/usr/bin/env python3
+"""Times one LLaMA training step in PyTorch on the CPU: the peer that our own step is measured against.
+
+A step is forward, backward, gradient clipping to norm 1 and AdamW, in fp32, on random tokens. The model is
+written for speed, not for teaching: one GEMM for query, key and value, one for gate and up, fused attention,
+fused norm and cross entropy where PyTorch has them.
+
+Prints one JSON line: tokens_per_second (median over the timed steps), step_seconds, peak_rss_bytes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+
+
+def arguments():
+    """The command line; shapes are named as in the other benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--mode", choices=["eager", "compile"], default="eager")
+    parser.add_argument("--threads", type=int, default=2)
+    for name, value in [
+        ("hidden", 256), ("layers", 8), ("heads", 4), ("kv-heads", 4), ("intermediate", 688),
+        ("vocab", 4096), ("sequence", 256), ("batch", 8), ("warmup", 3), ("steps", 10),
+    ]:
+        parser.add_argument(f"--{name}", type=int, default=value)
+    return parser.parse_args()
+
+
+def tune_allocator():
+    """Starts this program again with a glibc that keeps freed memory.
+
+    Without it every step returns the activations to the kernel and pays for fresh zeroed pages.
+    """
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_"):
+        return
+    keep = str(1 << 40)
+    os.environ.update(MALLOC_TRIM_THRESHOLD_=keep, MALLOC_MMAP_THRESHOLD_=str(1 << 32), MALLOC_TOP_PAD_=str(64 << 20))
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
+ARGS = arguments()
+tune_allocator()
+
+import torch  # noqa: E402  (the allocator must be settled before)
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+
+
+class Norm(nn.Module):
+    """RMSNorm of [..., width]."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return F.rms_norm(x, self.gain.shape, self.gain, 1e-5)
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of x [batch, heads, length, head]."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-high, low), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped heads, [batch, length, hidden] to the same."""
+
+    def __init__(self, hidden, heads, kv_heads):
+        super().__init__()
+        self.heads, self.kv_heads, self.head = heads, kv_heads, hidden // heads
+        self.qkv = nn.Linear(hidden, (heads + 2 * kv_heads) * self.head, bias=False)
+        self.out = nn.Linear(hidden, hidden, bias=False)
+
+    def forward(self, x, cos, sin):
+        batch, length, hidden = x.shape
+        heads = self.qkv(x).view(batch, length, -1, self.head).transpose(1, 2)
+        query, key, value = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=self.heads != self.kv_heads
+        )
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, hidden))
+
+
+class Mlp(nn.Module):
+    """SwiGLU, [batch, length, hidden] to the same."""
+
+    def __init__(self, hidden, intermediate):
+        super().__init__()
+        self.gate_up = nn.Linear(hidden, 2 * intermediate, bias=False)
+        self.down = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x):
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.norm1, self.norm2 = Norm(a.hidden), Norm(a.hidden)
+        self.attention = Attention(a.hidden, a.heads, a.kv_heads)
+        self.mlp = Mlp(a.hidden, a.intermediate)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attention(self.norm1(x), cos, sin)
+        return x + self.mlp(self.norm2(x))
+
+
+def rotary_tables(head, length, theta=10000.0):
+    inverse = theta ** (-torch.arange(0, head, 2, dtype=torch.float64) / head)
+    angle = torch.outer(torch.arange(length, dtype=torch.float64), inverse)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+class Llama(nn.Module):
+    def __init__(self, a):
+        super().__init__()
+        self.embedding = nn.Embedding(a.vocab, a.hidden)
+        self.blocks = nn.ModuleList(Block(a) for _ in range(a.layers))
+        self.norm = Norm(a.hidden)
+        self.head = nn.Linear(a.hidden, a.vocab, bias=False)
+        cos, sin = rotary_tables(a.hidden // a.heads, a.sequence)
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, inputs, targets):
+        x = self.embedding(inputs)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        logits = self.head(self.norm(x))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def peak_rss_bytes():
+    with open("/proc/self/status", encoding="ascii") as status:
+        line = next(line for line in status if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def build(a):
+    model = Llama(a)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+    )
+    return torch.compile(model) if a.mode == "compile" else model, parameters, optimizer
+
+
+def main():
+    """Times the steps and prints the JSON line."""
+    torch.set_num_threads(ARGS.threads)
+    torch.manual_seed(1)
+    loss_of, parameters, optimizer = build(ARGS)
+    seconds = []
+    for _ in range(ARGS.warmup + ARGS.steps):
+        tokens = torch.randint(ARGS.vocab, (ARGS.batch, ARGS.sequence + 1))
+        start = time.perf_counter()
+        loss = loss_of(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    timed = seconds[ARGS.warmup:]
+    rate = ARGS.batch * ARGS.sequence / statistics.median(timed)
+    print(json.dumps({"tokens_per_second": rate, "step_seconds": timed, "peak_rss_bytes": peak_rss_bytes()}))
+
+
+if __name__ == "__main__":
+    main()
