@@ -17,6 +17,10 @@ use url::Url;
 /// Bytes of one part of a streamed upload, and of one ranged read of a streamed download.
 const PART_BYTES: usize = 8 << 20;
 
+/// Nice value of threads that wait for others to leave a core free.
+#[cfg(target_os = "linux")]
+const LOWEST_PRIORITY: i32 = 19;
+
 /// Parts of a streamed upload in flight.
 const PARTS_IN_FLIGHT: usize = 4;
 
@@ -92,10 +96,19 @@ fn runtime() -> &'static Runtime {
         tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("storage")
+            .on_thread_start(yield_to_computation)
             .enable_all()
             .build()
             .expect("the storage threads start")
     })
+}
+
+/// Lets the calling thread run when the compute threads leave a core free: a checkpoint that is written meanwhile must
+/// not slow the training. On Linux a thread has a priority of its own; elsewhere nothing happens.
+pub(crate) fn yield_to_computation() {
+    // Refused only where somebody has set limits; the work is done all the same.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::setpriority_process(None, LOWEST_PRIORITY);
 }
 
 /// The folder that a `file://` URI means: `~/` is the home folder, a relative path starts at the current folder.

@@ -3,6 +3,7 @@
 use super::error::{CheckpointError, Result};
 use super::retention::{Retention, prune, remove_unfinished};
 use super::{CheckpointWriter, ExtraFile, TrainingState};
+use crate::storage::yield_to_computation;
 use growth_crds::protocol::CheckpointManifest;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::thread::JoinHandle;
@@ -58,6 +59,7 @@ impl AsyncCheckpointer {
         let (tasks, inbox) = sync_channel::<Task>(1);
         let (outbox, done) = sync_channel(1);
         let work = move || {
+            yield_to_computation();
             for Task { snapshot, records } in inbox {
                 let outcome = write(&writer, &retention, &snapshot, &records);
                 if outbox.send(Done { snapshot, outcome }).is_err() {
