@@ -2,7 +2,7 @@
 
 use super::error::{CheckpointError, Result};
 use super::retention::{Retention, prune, remove_unfinished};
-use super::{CheckpointWriter, ExtraFile, TrainingState};
+use super::{CheckpointWriter, ExtraFile, Pace, TrainingState};
 use crate::storage::yield_to_computation;
 use growth_crds::protocol::CheckpointManifest;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
@@ -47,6 +47,7 @@ pub struct AsyncCheckpointer {
     snapshot: Snapshot,
     outcome: Option<Outcome>,
     last_good: Option<String>,
+    pace: Pace,
 }
 
 impl AsyncCheckpointer {
@@ -54,7 +55,13 @@ impl AsyncCheckpointer {
     ///
     /// # Errors
     /// When no thread can be started.
-    pub fn start(writer: CheckpointWriter, retention: Retention, last_good: Option<String>) -> Result<Self> {
+    pub fn start(
+        mut writer: CheckpointWriter,
+        retention: Retention,
+        last_good: Option<String>,
+    ) -> Result<Self> {
+        let pace = Pace::gentle();
+        writer.pace = pace.clone();
         let snapshot = Snapshot::Here(TrainingState::zeros(&writer.layout));
         let (tasks, inbox) = sync_channel::<Task>(1);
         let (outbox, done) = sync_channel(1);
@@ -72,7 +79,7 @@ impl AsyncCheckpointer {
             problem: format!("could not be started: {error}"),
             last_good: describe(last_good.as_deref()),
         })?;
-        Ok(Self { tasks: Some(tasks), done, thread: Some(thread), snapshot, outcome: None, last_good })
+        Ok(Self { tasks: Some(tasks), done, thread: Some(thread), snapshot, outcome: None, last_good, pace })
     }
 
     /// Waits for the checkpoint before, lets `fill` copy the state into the snapshot (which holds an older state),
@@ -103,6 +110,7 @@ impl AsyncCheckpointer {
     }
 
     fn send(&mut self, task: Task) {
+        self.pace.set_unhurried(true);
         match self.tasks.as_ref().map(|tasks| tasks.send(task)) {
             Some(Ok(())) => self.snapshot = Snapshot::Writing,
             _ => self.outcome = Some(Err(self.dead())),
@@ -140,6 +148,7 @@ impl AsyncCheckpointer {
 
     fn wait(&mut self) {
         if matches!(self.snapshot, Snapshot::Writing) {
+            self.pace.set_unhurried(false);
             let done = self.done.recv().ok();
             self.receive(done);
         }

@@ -3,6 +3,7 @@
 use super::config::{config_json, generation_config_json, pretty};
 use super::error::{CheckpointError, Result};
 use super::objects::{HashingWriter, put_object, state_digest};
+use super::pace::Pace;
 use super::reader::{Commit, commit_of};
 use super::tensor_file::{TensorSpec, header};
 use super::{
@@ -20,6 +21,7 @@ use jiff::Timestamp;
 use serde_json::{Map, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::time::Instant;
 
 /// Largest weights' object, unless one tensor is larger.
 pub const DEFAULT_SHARD_BYTES: u64 = 1 << 30;
@@ -76,6 +78,8 @@ pub struct CheckpointWriter {
     pub files: Vec<ExtraFile>,
     /// Largest weights' object.
     pub shard_bytes: u64,
+    /// How it shares the machine.
+    pub pace: Pace,
 }
 
 impl CheckpointWriter {
@@ -87,7 +91,15 @@ impl CheckpointWriter {
         files: Vec<ExtraFile>,
     ) -> Self {
         let layout = ParameterLayout::new(&config);
-        Self { location, config, layout, token_ids, files, shard_bytes: DEFAULT_SHARD_BYTES }
+        Self {
+            location,
+            config,
+            layout,
+            token_ids,
+            files,
+            shard_bytes: DEFAULT_SHARD_BYTES,
+            pace: Pace::default(),
+        }
     }
 
     /// Writes and commits a checkpoint. `records` are objects about it that are not part of the state. Until the
@@ -159,7 +171,10 @@ impl CheckpointWriter {
     fn write_model(&self, folder: &Storage, state: &TrainingState) -> Result<Vec<CheckpointObject>> {
         let shards = ShardSet::new("model", model_specs(&self.layout), self.shard_bytes);
         let mut objects = shards.write(folder, |index, _, writer| {
-            writer.write_numbers(&state.parameters[self.layout.tensors()[index].range()])
+            let begin = Instant::now();
+            let written = writer.write_numbers(&state.parameters[self.layout.tensors()[index].range()]);
+            self.pace.rest(begin);
+            written
         })?;
         objects.push(shards.write_index(folder)?);
         Ok(objects)
@@ -169,7 +184,10 @@ impl CheckpointWriter {
         let shards = ShardSet::new("optimizer", moment_specs(&self.layout), self.shard_bytes);
         shards.write(folder, |index, _, writer| {
             let moment = if index % 2 == 0 { &state.exp_avg } else { &state.exp_avg_sq };
-            writer.write_numbers(&moment[self.layout.tensors()[index / 2].range()])
+            let begin = Instant::now();
+            let written = writer.write_numbers(&moment[self.layout.tensors()[index / 2].range()]);
+            self.pace.rest(begin);
+            written
         })
     }
 }
