@@ -41,3 +41,33 @@ impl Pace {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Work that began so long ago that a full rest would take longer than any test.
+    fn long_ago() -> Instant {
+        Instant::now().checked_sub(Duration::from_secs(600)).unwrap()
+    }
+
+    #[test]
+    fn nobody_rests_while_somebody_waits() {
+        let begin = Instant::now();
+        Pace::default().rest(long_ago());
+        let pace = Pace::gentle();
+        pace.set_unhurried(false);
+        pace.rest(long_ago());
+        assert!(begin.elapsed() < Duration::from_secs(60));
+    }
+
+    #[test]
+    fn a_gentle_pace_rests_longer_than_it_works() {
+        let pace = Pace::gentle();
+        let begin = Instant::now();
+        while begin.elapsed() < Duration::from_millis(5) {}
+        let worked = begin.elapsed();
+        pace.rest(begin);
+        assert!(begin.elapsed() >= worked * (1 + REST_PER_WORK));
+    }
+}
