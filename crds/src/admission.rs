@@ -1,7 +1,7 @@
 //! What an API server checks when a job is created or changed, without an API server: the ranges, lengths, patterns
 //! and words of the schema, and its CEL rules. (Types and unknown fields are found when the object is read.)
 
-use crate::crd::crd;
+use crate::crd;
 use crate::plan::PlanError;
 use crate::{GrowthTrainingJob, GrowthTrainingJobSpec};
 use kube::core::cel::Validator;
@@ -16,8 +16,7 @@ pub fn admission_errors(
     job: &GrowthTrainingJob,
     old: Option<&GrowthTrainingJob>,
 ) -> Result<Vec<PlanError>, serde_json::Error> {
-    let crd = serde_json::to_value(crd()?)?;
-    let schema = crd.pointer("/spec/versions/0/schema/openAPIV3Schema").cloned().unwrap_or_default();
+    let schema = crd::schema()?;
     let object = serde_json::to_value(job)?;
     let old = old.map(serde_json::to_value).transpose()?;
     let mut errors = Vec::new();

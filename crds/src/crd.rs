@@ -26,6 +26,15 @@ pub fn crd() -> Result<CustomResourceDefinition, serde_json::Error> {
     serde_json::from_value(crd)
 }
 
+/// The schema of a whole object, as JSON.
+///
+/// # Errors
+/// As [`crd`].
+pub fn schema() -> Result<Value, serde_json::Error> {
+    let crd = serde_json::to_value(crd()?)?;
+    Ok(crd.pointer("/spec/versions/0/schema/openAPIV3Schema").cloned().unwrap_or_default())
+}
+
 /// The CustomResourceDefinition as a YAML file.
 ///
 /// # Errors

@@ -3,7 +3,7 @@
 use super::{End, Options, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::{GrowthOperator, GrowthPlan, OptimizerStatePolicy, StageStart, growth_map};
-use growth_trainer::checkpoint::{self, CheckpointLocation, HuggingFaceFolder};
+use growth_trainer::checkpoint::{self, HuggingFaceFolder};
 use growth_trainer::growth::{self, GrownCheckpoint, GrowthTarget};
 use growth_trainer::job;
 use growth_trainer::progress::{Reporter, Unit};
@@ -52,7 +52,6 @@ pub struct Arguments {
 /// Grows and prints where the result is.
 pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     let mut reporter = options.reporter();
-    reporter.begin("growth", Unit::Bytes, 0, 0);
     let grown = match &arguments.plan {
         Some(plan) => grow_stage(plan, &mut reporter)?,
         None => grow_folder(arguments, &mut reporter)?,
@@ -91,6 +90,7 @@ fn grow_folder(arguments: &Arguments, reporter: &mut Reporter) -> anyhow::Result
         job: "grow".to_owned(),
         stage: "grown".to_owned(),
     };
+    reporter.begin("growth", Unit::Bytes, 0, 0);
     Ok(growth::grow(&source, None, &plan, &target, &[], &mut |done, total| {
         reporter.advance(done, total, String::new());
     })?)
@@ -118,14 +118,5 @@ fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result
         checkpoint::latest_valid(&storage, &plan.job, &growth.from_stage, &mut warn)?.with_context(|| {
             format!("stage {} has no checkpoint to grow from; train it first", growth.from_stage)
         })?;
-    let location = CheckpointLocation {
-        storage: storage.clone(),
-        job: plan.job.clone(),
-        stage: plan.stage.clone(),
-        attempt: checkpoint::next_attempt(&storage, &plan.job, &plan.stage)?,
-    };
-    let folder = checkpoint::checkpoint_folder(&storage, &source);
-    Ok(growth::grow(&folder, None, growth, &GrowthTarget::Stage(location), &[], &mut |done, total| {
-        reporter.advance(done, total, String::new());
-    })?)
+    Ok(job::grow_checkpoint(&storage, &source, None, &plan, growth, reporter)?)
 }

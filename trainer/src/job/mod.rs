@@ -5,14 +5,14 @@ mod record;
 
 use crate::checkpoint::{self, CheckpointLocation};
 use crate::data::{self, Dataset, Verification};
-use crate::growth::{self, GrowthTarget};
+use crate::growth::{self, GrownCheckpoint, GrowthTarget};
 use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, Unit};
 use crate::report::StageReport;
 use crate::storage::{Storage, StorageOptions};
 use crate::training::history::History;
 use crate::training::stage::{self, StageEnd, StageInputs, TrainError, read_history};
-use growth_crds::plan::{GrowthPlan, JobPlan, StagePlan, StageStart};
+use growth_crds::plan::{GrowthPlan, JobPlan, ModelConfig, StagePlan, StageStart};
 use growth_crds::protocol::CheckpointManifest;
 use growth_crds::spec::storage::StorageSpec;
 use std::cell::RefCell;
@@ -140,6 +140,11 @@ pub fn run(loaded: &LoadedJob, stop: &AtomicBool, reporter: &mut Reporter) -> Re
 
 /// The last checkpoint of a stage that has trained all its tokens.
 fn finished(storage: &Storage, stage: &StagePlan, reporter: &Reporter) -> Result<Option<CheckpointManifest>> {
+    // Verifying reads every byte: only where the listing says that there is something to find.
+    let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
+    if !found.iter().any(|found| found.committed().is_some_and(|manifest| manifest.step >= stage.steps)) {
+        return Ok(None);
+    }
     let mut warn = |text: String| reporter.note(&format!("warning: {text}"));
     let newest = checkpoint::latest_valid(storage, &stage.job, &stage.stage, &mut warn)?;
     Ok(newest.filter(|manifest| manifest.step >= stage.steps))
@@ -183,30 +188,37 @@ fn grow(
         let (stage, from) = (stage.stage.clone(), before.stage.clone());
         return Err(TrainError::NotGrown { stage, from }.into());
     };
-    let location = CheckpointLocation {
+    grow_checkpoint(storage, &source, Some(&before.model), stage, growth, reporter)?;
+    Ok(())
+}
+
+/// Grows the checkpoint `source` into the first one of `stage`, under an attempt number of its own. `expected` is the
+/// architecture that `source` must have, where it is known.
+///
+/// # Errors
+/// When the plan does not fit, the source is damaged, or the storage fails.
+pub fn grow_checkpoint(
+    storage: &Storage,
+    source: &CheckpointManifest,
+    expected: Option<&ModelConfig>,
+    stage: &StagePlan,
+    growth: &GrowthPlan,
+    reporter: &mut Reporter,
+) -> Result<GrownCheckpoint> {
+    let target = GrowthTarget::Stage(CheckpointLocation {
         storage: storage.clone(),
         job: stage.job.clone(),
         stage: stage.stage.clone(),
         attempt: checkpoint::next_attempt(storage, &stage.job, &stage.stage)?,
-    };
+    });
     reporter.begin("growth", Unit::Bytes, 0, 0);
-    let detail = format!(
-        "{:?} {} -> {} layers",
-        growth.operator, before.model.num_hidden_layers, stage.model.num_hidden_layers
-    );
-    let folder = checkpoint::checkpoint_folder(storage, &source);
-    growth::grow(
-        &folder,
-        Some(&before.model),
-        growth,
-        &GrowthTarget::Stage(location),
-        &[],
-        &mut |done, total| {
-            reporter.advance(done, total, detail.clone());
-        },
-    )?;
+    let detail = format!("{:?} to {} layers", growth.operator, stage.model.num_hidden_layers);
+    let folder = checkpoint::checkpoint_folder(storage, source);
+    let grown = growth::grow(&folder, expected, growth, &target, &[], &mut |done, total| {
+        reporter.advance(done, total, detail.clone());
+    })?;
     reporter.finish();
-    Ok(())
+    Ok(grown)
 }
 
 /// What the storage knows of every stage of a job.

@@ -85,7 +85,8 @@ fn parse(text: &str) -> Result<LoadedJob, Vec<Problem>> {
 fn admit(text: &str) -> Result<GrowthTrainingJob, Vec<Problem>> {
     let value: Value =
         serde_saphyr::from_str(text).map_err(|error| vec![Problem::of_file(error.to_string())])?;
-    let problems = schema::check(&value);
+    let schema = crd::schema().map_err(|error| vec![Problem::of_file(error.to_string())])?;
+    let problems = schema::check(&value, &schema);
     if !problems.is_empty() {
         return Err(problems);
     }
@@ -121,10 +122,4 @@ impl Problem {
     fn of_field(field: String, message: String) -> Self {
         Self { field, message, position: None }
     }
-}
-
-/// The schema of the API, as the CRD states it.
-fn crd_schema() -> Value {
-    let crd = crd::crd().ok().and_then(|crd| serde_json::to_value(crd).ok()).unwrap_or_default();
-    crd.pointer("/spec/versions/0/schema/openAPIV3Schema").cloned().unwrap_or_default()
 }

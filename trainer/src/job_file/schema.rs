@@ -1,11 +1,11 @@
 //! The structure of a job against the CRD's schema: unknown and missing fields, and types. Values are checked on the
 //! typed object afterwards.
 
-use super::{Problem, crd_schema};
+use super::Problem;
 use serde_json::{Map, Value};
 
 /// Everything in `job` that the schema refuses.
-pub fn check(job: &Value) -> Vec<Problem> {
+pub fn check(job: &Value, schema: &Value) -> Vec<Problem> {
     let mut problems = Vec::new();
     for (field, expected) in [("apiVersion", "growth.dev/v1alpha1"), ("kind", "GrowthTrainingJob")] {
         if job.get(field).and_then(Value::as_str) != Some(expected) {
@@ -18,7 +18,6 @@ pub fn check(job: &Value) -> Vec<Problem> {
             "is required: give the job a name".to_owned(),
         ));
     }
-    let schema = crd_schema();
     match (job.get("spec"), schema.pointer("/properties/spec")) {
         (Some(spec), Some(schema)) => check_value("spec", spec, schema, &mut problems),
         _ => problems.push(Problem::of_field("spec".to_owned(), "is required".to_owned())),

@@ -59,8 +59,7 @@ pub fn update(p: &mut [f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], g: &[f
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::linear::tests::{error_against, widen};
-    use crate::ops::testing::uniform;
+    use crate::ops::testing::{error_against, uniform, widen};
 
     /// Allowed error after 50 steps, relative to the largest value: each step rounds a parameter and its moments
     /// a few times to 2^-24.

@@ -284,10 +284,9 @@ pub fn unmerge_heads(context: &mut [f32], rows: &[f32], shape: &HeadShape) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::linear::tests::{
-        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, widen,
+    use crate::ops::testing::{
+        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, uniform, widen,
     };
-    use crate::ops::testing::uniform;
     use proptest::prelude::*;
 
     /// Context and log-sums of the head-major operands, a query at a time.

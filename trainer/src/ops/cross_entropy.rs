@@ -99,10 +99,9 @@ fn normalise_row(logits: &mut [f32], target: usize, scale: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::linear::tests::{
-        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, widen,
+    use crate::ops::testing::{
+        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, uniform, widen,
     };
-    use crate::ops::testing::uniform;
     use proptest::prelude::*;
 
     fn reference(hidden: &[f64], weight: &[f64], targets: &[u32]) -> Vec<f64> {

@@ -3,6 +3,7 @@
 //! The tree makes the sum independent of who computes which micro-batch: a rank that owns an aligned run of
 //! micro-batches owns a subtree.
 
+use growth_crds::plan::memory::gradient_levels;
 use rayon::prelude::*;
 
 /// Elements that one task adds or squares; the norm sums these chunks in order.
@@ -24,7 +25,7 @@ impl GradientTree {
 
     /// Buffers that a tree over `leaves` micro-batches holds; one leaf needs one.
     pub fn buffers(leaves: usize) -> usize {
-        1 + leaves.next_power_of_two().trailing_zeros() as usize
+        gradient_levels(leaves as u64) as usize
     }
 
     /// Where the next micro-batch writes its gradient, over whatever is there.

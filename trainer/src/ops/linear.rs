@@ -46,63 +46,12 @@ pub fn backward_weight(d_weight: &mut [f32], d_out: &[f32], x: &[f32], shape: Li
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-    use crate::ops::testing::{relative_error, uniform};
+    use crate::ops::testing::{
+        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, uniform, widen,
+    };
     use proptest::prelude::*;
-
-    /// Allowed error of an f32 output against f64, relative to the largest value: about a hundred roundings of
-    /// 2^-24, more than the sums of these tests gather.
-    pub(crate) const FORWARD_TOLERANCE: f64 = 1e-5;
-    /// Allowed error of an f32 gradient, relative to the largest value: sums run over hundreds of rows, and
-    /// terms that cancel leave the rounding of the larger ones.
-    pub(crate) const GRADIENT_TOLERANCE: f64 = 1e-4;
-    /// Step of the central differences: in f64 both its truncation (h^2) and its rounding (2^-53 / h) stay
-    /// near 1e-8, far below what f32 resolves.
-    const STEP: f64 = 1e-4;
-    /// Elements of a gradient that are compared: each costs two passes of the reference.
-    const SAMPLES: usize = 24;
-
-    pub(crate) fn widen(x: &[f32]) -> Vec<f64> {
-        x.iter().map(|x| f64::from(*x)).collect()
-    }
-
-    /// Largest difference from an f64 reference, relative to its largest value.
-    pub(crate) fn error_against(actual: &[f32], reference: &[f64]) -> f64 {
-        let reference: Vec<f32> = reference.iter().map(|x| *x as f32).collect();
-        relative_error(actual, &reference)
-    }
-
-    pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
-        a.iter().zip(b).map(|(a, b)| a * b).sum()
-    }
-
-    /// Largest difference of `gradient` from the central differences of `loss` at `x`, relative to the largest of
-    /// these; at [`SAMPLES`] elements spread over `x`.
-    pub(crate) fn gradient_error(gradient: &[f32], x: &[f32], loss: impl Fn(&[f64]) -> f64) -> f64 {
-        assert_eq!(gradient.len(), x.len());
-        let mut x = widen(x);
-        let (mut actual, mut reference) = (Vec::new(), Vec::new());
-        for i in samples(x.len()) {
-            let old = x[i];
-            x[i] = old + STEP;
-            let above = loss(&x);
-            x[i] = old - STEP;
-            let below = loss(&x);
-            x[i] = old;
-            actual.push(gradient[i]);
-            reference.push((above - below) / (2.0 * STEP));
-        }
-        error_against(&actual, &reference)
-    }
-
-    /// All elements of a short buffer, else multiples of the golden ratio: no stride of rows or columns.
-    fn samples(len: usize) -> Vec<usize> {
-        if len <= SAMPLES {
-            return (0..len).collect();
-        }
-        (0..SAMPLES).map(|k| ((k as f64 * 0.618_033_988_749_895).fract() * len as f64) as usize).collect()
-    }
 
     fn reference(x: &[f64], weight: &[f64], shape: LinearShape) -> Vec<f64> {
         let rows = x.chunks_exact(shape.inputs);

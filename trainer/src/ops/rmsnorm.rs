@@ -100,10 +100,9 @@ fn backward_row(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::linear::tests::{
-        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, widen,
+    use crate::ops::testing::{
+        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, uniform, widen,
     };
-    use crate::ops::testing::uniform;
     use proptest::prelude::*;
 
     const EPSILON: f32 = 1e-3;

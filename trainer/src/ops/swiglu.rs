@@ -49,10 +49,9 @@ fn backward_row(gate: &mut [f32], up: &mut [f32], d_out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::linear::tests::{
-        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, widen,
+    use crate::ops::testing::{
+        FORWARD_TOLERANCE, GRADIENT_TOLERANCE, dot, error_against, gradient_error, uniform, widen,
     };
-    use crate::ops::testing::uniform;
     use proptest::prelude::*;
 
     fn reference(gate_up: &[f64], ffn: usize) -> Vec<f64> {
