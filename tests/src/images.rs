@@ -80,7 +80,9 @@ pub fn stage(program: &str, rootfs: &Path) -> Result<()> {
 fn static_binary(program: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo.current_dir(workspace()).args(["rustc", "--release", "--locked", "--package", program, "--bin", program]);
-    cargo.args(["--message-format=json", "--", "-C", "target-feature=+crt-static"]);
+    // Symbols stay, for backtraces; debug information is three quarters of the file.
+    let flags = ["-C", "target-feature=+crt-static", "-C", "strip=debuginfo"];
+    cargo.args(["--message-format=json", "--"]).args(flags);
     let messages = output(&mut cargo)?;
     let artifact = messages
         .lines()

@@ -1,6 +1,8 @@
 //! A small valid job, and how to change it.
 #![allow(dead_code, reason = "no test uses all of it")]
 
+pub mod rules;
+
 use growth_crds::GrowthTrainingJob;
 use serde_json::{Value, json};
 
