@@ -130,6 +130,36 @@ pub fn local_path(uri: &str) -> Result<PathBuf> {
         .map_err(|error| StorageError::Address { uri: uri.to_owned(), reason: error.to_string() })
 }
 
+/// What the store is configured with: the environment's variables under their usual names, then what the job says. An
+/// endpoint written with `http://` is meant so.
+fn settings(
+    environment: impl Iterator<Item = (String, String)>,
+    uri: &str,
+    options: &StorageOptions,
+) -> Vec<(String, String)> {
+    let mut settings: Vec<(String, String)> =
+        environment.map(|(key, value)| (key.to_ascii_lowercase(), value)).collect();
+    if let Some(endpoint) = &options.endpoint {
+        settings.retain(|(key, _)| !S3_ENDPOINT_KEYS.contains(&key.as_str()));
+        settings.push(("aws_endpoint".to_owned(), endpoint.clone()));
+    }
+    if let Some(region) = &options.region {
+        settings.push(("aws_region".to_owned(), region.clone()));
+    }
+    let is_plain =
+        |(key, value): &(String, String)| S3_ENDPOINT_KEYS.contains(&key.as_str()) && value.starts_with("http://");
+    if settings.iter().any(is_plain) {
+        settings.push(("aws_allow_http".to_owned(), "true".to_owned()));
+    }
+    if uri.starts_with("http://") {
+        settings.push(("allow_http".to_owned(), "true".to_owned()));
+    }
+    settings
+}
+
+/// The names under which object_store takes an S3 endpoint.
+const S3_ENDPOINT_KEYS: [&str; 4] = ["aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"];
+
 impl Storage {
     /// Opens `file://`, `s3://`, `gs://`, `az://` or `http(s)://`, or a bare path. Credentials come from the usual
     /// environment variables. Folders of a `file://` URI are made when something is written.
@@ -141,20 +171,8 @@ impl Storage {
             return Self::open_local(uri);
         }
         let address = |reason: String| StorageError::Address { uri: uri.to_owned(), reason };
-        let plain_http = uri.starts_with("http://");
         let url = Url::parse(uri).map_err(|error| address(error.to_string()))?;
-        let mut settings: Vec<(String, String)> =
-            std::env::vars().map(|(key, value)| (key.to_ascii_lowercase(), value)).collect();
-        if plain_http {
-            settings.push(("allow_http".to_owned(), "true".to_owned()));
-        }
-        if let Some(endpoint) = &options.endpoint {
-            settings.push(("aws_endpoint".to_owned(), endpoint.clone()));
-            settings.push(("aws_allow_http".to_owned(), endpoint.starts_with("http://").to_string()));
-        }
-        if let Some(region) = &options.region {
-            settings.push(("aws_region".to_owned(), region.clone()));
-        }
+        let settings = settings(std::env::vars(), uri, options);
         let (store, prefix) =
             object_store::parse_url_opts(&url, settings).map_err(|error| address(error.to_string()))?;
         Ok(Self { store: Arc::from(store), prefix, uri: uri.trim_end_matches('/').to_owned(), local: None })
@@ -473,6 +491,28 @@ mod tests {
         sub.delete_all().unwrap();
         assert!(storage.head("a/b/x.txt").unwrap().is_none());
         assert!(sub.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn the_jobs_endpoint_wins_over_the_environments_and_http_is_meant() {
+        let environment = || {
+            let pairs = [("AWS_ENDPOINT_URL", "http://elsewhere:9000"), ("AWS_ACCESS_KEY_ID", "key")];
+            pairs.map(|(key, value)| (key.to_owned(), value.to_owned())).into_iter()
+        };
+        let has = |settings: &[(String, String)], key: &str, value: &str| {
+            settings.iter().any(|(k, v)| k == key && v == value)
+        };
+        let from_environment = settings(environment(), "s3://bucket", &StorageOptions::default());
+        assert!(has(&from_environment, "aws_endpoint_url", "http://elsewhere:9000"));
+        assert!(has(&from_environment, "aws_allow_http", "true"));
+
+        let options =
+            StorageOptions { endpoint: Some("https://s3.example".to_owned()), region: Some("eu".to_owned()) };
+        let from_job = settings(environment(), "s3://bucket", &options);
+        assert!(has(&from_job, "aws_endpoint", "https://s3.example"));
+        assert!(has(&from_job, "aws_access_key_id", "key"));
+        assert!(has(&from_job, "aws_region", "eu"));
+        assert!(!from_job.iter().any(|(key, _)| key == "aws_endpoint_url" || key == "aws_allow_http"));
     }
 
     #[test]
