@@ -25,12 +25,22 @@ done
 echo 1 >/proc/sys/net/ipv4/ip_forward
 
 export PATH="$BIN:/usr/sbin:/usr/bin:/sbin:/bin"
-containerd --config "$FOLDER/containerd.toml" >>"$LOGS/$NAME-containerd.log" 2>&1 &
-kubelet --config="$FOLDER/kubelet.yaml" --kubeconfig="$KUBECONFIG" --hostname-override="$NAME" --node-ip="$ADDRESS" \
-    >>"$LOGS/$NAME-kubelet.log" 2>&1 &
+
+# keep LOG COMMAND...: starts it again when it ends, as an init system does; the kubelet ends when containerd is late.
+keep() {
+    log="$LOGS/$NAME-$1.log"
+    shift
+    while true; do
+        "$@" >>"$log" 2>&1 || true
+        sleep 0.2
+    done
+}
+
+keep containerd containerd --config "$FOLDER/containerd.toml" &
+keep kubelet kubelet --config="$FOLDER/kubelet.yaml" --kubeconfig="$KUBECONFIG" --hostname-override="$NAME" \
+    --node-ip="$ADDRESS" &
 # Sysctls of connection tracking belong to the host: leave them alone.
-kube-proxy --kubeconfig="$KUBE_PROXY_KUBECONFIG" --hostname-override="$NAME" --proxy-mode=nftables \
+keep kube-proxy kube-proxy --kubeconfig="$KUBE_PROXY_KUBECONFIG" --hostname-override="$NAME" --proxy-mode=nftables \
     --detect-local-mode=ClusterCIDR --cluster-cidr="$POD_NETWORK" --conntrack-max-per-core=0 \
-    --conntrack-tcp-timeout-established=0 --conntrack-tcp-timeout-close-wait=0 \
-    >>"$LOGS/$NAME-kube-proxy.log" 2>&1 &
+    --conntrack-tcp-timeout-established=0 --conntrack-tcp-timeout-close-wait=0 &
 wait

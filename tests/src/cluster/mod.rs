@@ -21,6 +21,7 @@ mod s3;
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -213,7 +214,8 @@ impl Cluster {
         }
     }
 
-    async fn wait_for_dns(&self) -> Result<()> {
+    /// Waits until the DNS pods of all nodes are ready.
+    pub async fn wait_for_dns(&self) -> Result<()> {
         let api: Api<DaemonSet> = Api::namespaced(self.client().await?, "kube-system");
         let nodes = i32::from(self.state.options.nodes);
         let ready = move |set: Option<&DaemonSet>| {
@@ -255,6 +257,21 @@ impl Cluster {
     /// The administrator's kubeconfig.
     pub fn kubeconfig(&self) -> PathBuf {
         self.layout.kubeconfig()
+    }
+
+    /// What names this cluster's bridge, cables and cgroups.
+    pub fn id(&self) -> String {
+        self.layout.id()
+    }
+
+    /// The processes of this cluster by name and number: daemons and whatever they have started outside containers.
+    pub fn processes(&self) -> Result<Vec<(String, u32)>> {
+        Ok(daemon::running(&self.layout)?.into_iter().map(|daemon| (daemon.name, daemon.pid)).collect())
+    }
+
+    /// The API server, as nodes and pods reach it.
+    pub fn api_server(&self) -> SocketAddr {
+        (control_plane::api_address(self.state.network, &self.state.options), layout::API_PORT).into()
     }
 
     /// How many nodes it was started with.
@@ -384,6 +401,18 @@ impl Cluster {
     pub fn heal_node(&self, number: u8) -> Result<()> {
         self.check_node(number)?;
         node::heal(&self.layout, number)
+    }
+
+    /// A command that runs inside the node: in its namespaces, with the host's programs.
+    pub fn on_node(&self, number: u8) -> Result<Command> {
+        self.check_node(number)?;
+        node::inside(&self.layout, number)
+    }
+
+    /// A client with the rights of the node's kubelet.
+    pub async fn node_client(&self, number: u8) -> Result<Client> {
+        self.check_node(number)?;
+        client_of(&self.layout.pki().join(format!("{}.kubeconfig", node_name(number)))).await
     }
 
     /// Gives the node `gpus` of the extended resource `nvidia.com/gpu`.
