@@ -13,8 +13,8 @@ use common::{edit, example};
 use growth_tests::testing::{Environment, TestNamespace};
 use growth_tests::workspace;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
-use kube::runtime::wait::{await_condition, conditions};
 use kube::Api;
+use kube::runtime::wait::{await_condition, conditions};
 use serde_json::{Value, json};
 
 /// The cluster with the CRD of this work tree, applied the way users do: client side, so that the size limit on
@@ -62,11 +62,13 @@ async fn every_rule_accepts_and_refuses_on_the_api_server() -> Result<()> {
                 }
                 job
             };
-            let accepted = cases.iter().enumerate().map(|(number, case)| named(number, &case.accepted)).collect();
+            let accepted =
+                cases.iter().enumerate().map(|(number, case)| named(number, &case.accepted)).collect();
             let apply = namespace.kubectl().args(["apply", "--dry-run=server", "--filename", "-"]);
             apply.input(list(accepted)).run()?;
 
-            let refused = cases.iter().enumerate().map(|(number, case)| named(number, &case.refused)).collect();
+            let refused =
+                cases.iter().enumerate().map(|(number, case)| named(number, &case.refused)).collect();
             let refusals = refusals(namespace, refused);
             assert_eq!(refusals.len(), cases.len(), "{refusals:#?}");
             for (case, refusal) in cases.iter().zip(&refusals) {
@@ -105,7 +107,8 @@ async fn every_example_is_accepted() -> Result<()> {
         .await
         .in_namespace("examples", async |namespace| {
             let folder: PathBuf = workspace().join("examples");
-            let apply = namespace.kubectl().args(["apply", "--dry-run=server", "--validate=strict", "--filename"]);
+            let apply =
+                namespace.kubectl().args(["apply", "--dry-run=server", "--validate=strict", "--filename"]);
             let said = apply.args([folder.to_str().unwrap()]).run()?;
             let files = std::fs::read_dir(folder)?.count();
             assert_eq!(said.lines().count(), files, "{said}");
@@ -136,7 +139,11 @@ async fn kubectl_shows_defaults_columns_explanations_and_scale() -> Result<()> {
 
             let table = kubectl("get gtj").run()?;
             let header: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
-            assert_eq!(header, ["NAME", "PHASE", "STAGE", "PROGRESS", "LOSS", "TOKENS/S", "READY", "RESTARTS", "AGE"], "{table}");
+            assert_eq!(
+                header,
+                ["NAME", "PHASE", "STAGE", "PROGRESS", "LOSS", "TOKENS/S", "READY", "RESTARTS", "AGE"],
+                "{table}"
+            );
             assert!(kubectl("get growthtrainingjobs").run()?.contains("tiny"));
 
             let explained = kubectl("explain gtj.spec.stages").run()?;
@@ -147,7 +154,8 @@ async fn kubectl_shows_defaults_columns_explanations_and_scale() -> Result<()> {
 
             kubectl("scale gtj/tiny --replicas=7").run()?;
             assert_eq!(kubectl("get gtj tiny --output jsonpath={.spec.replicas}").run()?, "7");
-            let scale: Value = serde_json::from_str(&kubectl("get gtj tiny --subresource=scale --output json").run()?)?;
+            let scale: Value =
+                serde_json::from_str(&kubectl("get gtj tiny --subresource=scale --output json").run()?)?;
             assert_eq!(scale["spec"]["replicas"], json!(7));
             Ok(())
         })

@@ -123,16 +123,19 @@ async fn the_restricted_profile_is_enforced() -> Result<()> {
 /// Nodes that pose as GPU pools, and what losing and cutting off a node looks like. One test, since they share nodes.
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_pose_as_gpu_pools_are_lost_cut_off_and_come_back() -> Result<()> {
-    let Some((environment, mut cluster)) = own_cluster().await else { return Ok(()) };
+    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
     let _nodes = NODES.lock().await;
     let program = env!("CARGO_BIN_EXE_cluster");
-    for line in ["node gpus n2 8", "node label n2 pool=large", "node taint n2 nvidia.com/gpu=present:NoSchedule"] {
+    for line in
+        ["node gpus n2 8", "node label n2 pool=large", "node taint n2 nvidia.com/gpu=present:NoSchedule"]
+    {
         assert!(Command::new(program).args(line.split(' ')).status()?.success(), "{line}");
     }
     environment
         .in_namespace("pools", async |namespace| {
             let is_running = |pod: Option<&Pod>| {
-                pod.and_then(|pod| pod.status.as_ref()).is_some_and(|status| status.phase.as_deref() == Some("Running"))
+                pod.and_then(|pod| pod.status.as_ref())
+                    .is_some_and(|status| status.phase.as_deref() == Some("Running"))
             };
             let gpu = json!({"limits": {"nvidia.com/gpu": "2"}});
             let mut pod = pause(

@@ -102,7 +102,10 @@ fn pod(environment: &Environment, name: &str, files: &str, arguments: &[&str]) -
 /// The trainer on this machine, as a user runs it.
 fn trainer(environment: &Environment, arguments: &[&str]) -> Result<String> {
     let mut command = Command::new(workspace().join("target/release/growth-trainer"));
-    command.args(arguments).env("AWS_ENDPOINT_URL", &environment.s3.endpoint).env("AWS_REGION", &environment.s3.region);
+    command
+        .args(arguments)
+        .env("AWS_ENDPOINT_URL", &environment.s3.endpoint)
+        .env("AWS_REGION", &environment.s3.region);
     command.envs(environment.s3.credentials());
     let output = command.output().context("cargo build --release -p growth-trainer")?;
     if !output.status.success() {
@@ -128,7 +131,8 @@ async fn train_in_pods(namespace: &TestNamespace, runs: &str) -> Result<String> 
         environment,
         &["plan", job_file.to_str().unwrap(), "--stage", "small", "--output", plan_file.to_str().unwrap()],
     )?;
-    let files = BTreeMap::from([("job.json", job.to_string()), ("plan.json", std::fs::read_to_string(plan_file)?)]);
+    let files =
+        BTreeMap::from([("job.json", job.to_string()), ("plan.json", std::fs::read_to_string(plan_file)?)]);
     namespace.create::<ConfigMap>(json!({"metadata": {"name": runs}, "data": files})).await?;
 
     let data = format!("{runs}-data");
@@ -176,6 +180,24 @@ fn faults(prefix: &str) -> Vec<Fault> {
     ]
 }
 
+#[test]
+fn the_image_is_small_and_reproducible() -> Result<()> {
+    let folders = [tempfile::tempdir()?, tempfile::tempdir()?];
+    let first = images::build("growth-trainer", folders[0].path())?;
+    let second = images::build("growth-trainer", folders[1].path())?;
+    assert_eq!(first.digest, second.digest);
+    assert!(first.digest.starts_with("sha256:"), "{}", first.digest);
+    let root = folders[0].path().join("growth-trainer.files/rootfs/growth-trainer");
+    let program = root.join("usr/bin/growth-trainer");
+    assert!(program.metadata()?.len() < 60_000_000, "{} bytes", program.metadata()?.len());
+    let sbom: Value =
+        serde_json::from_slice(&std::fs::read(root.join("usr/share/sbom/growth-trainer.cdx.json"))?)?;
+    let names: Vec<_> =
+        sbom["components"].as_array().unwrap().iter().map(|component| &component["name"]).collect();
+    assert!(names.contains(&&json!("object_store")) && !names.contains(&&json!("proptest")), "{names:?}");
+    Ok(())
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn trains_in_restricted_pods_on_s3_and_loses_nothing_to_faults() -> Result<()> {
     let environment = Environment::connect().await?;
@@ -187,13 +209,18 @@ async fn trains_in_restricted_pods_on_s3_and_loses_nothing_to_faults() -> Result
         .in_namespace("trainer", async |namespace| {
             let environment = &namespace.environment;
             let secret = BTreeMap::from(environment.s3.credentials());
-            namespace.create::<Secret>(json!({"metadata": {"name": "s3-keys"}, "stringData": secret})).await?;
+            namespace
+                .create::<Secret>(json!({"metadata": {"name": "s3-keys"}, "stringData": secret}))
+                .await?;
             upload_corpus(environment, &namespace.name).await?;
 
             let calm = train_in_pods(namespace, "calm").await?;
             // The checkpoint in the bucket opens on this machine.
             trainer(environment, &["checkpoint", "verify", &calm])?;
-            let text = trainer(environment, &["generate", "--checkpoint", &calm, "--prompt", "The ", "--tokens", "8"])?;
+            let text = trainer(
+                environment,
+                &["generate", "--checkpoint", &calm, "--prompt", "The ", "--tokens", "8"],
+            )?;
             assert!(text.starts_with("The "), "{text}");
 
             // The same run on this machine, against the same bucket, computes the same.
@@ -204,7 +231,10 @@ async fn trains_in_restricted_pods_on_s3_and_loses_nothing_to_faults() -> Result
             let local = calm.replace("/calm/", "/local/");
             let expected = tensors(environment, &calm).await?;
             assert!(expected.len() >= 2, "{:?}", expected.keys());
-            assert!(expected == tensors(environment, &local).await?, "the run on this machine has other bits");
+            assert!(
+                expected == tensors(environment, &local).await?,
+                "the run on this machine has other bits"
+            );
 
             let Some(cluster) = &environment.cluster else {
                 eprintln!("left out: faults of S3, which an external cluster's cannot be told to have");

@@ -22,6 +22,8 @@ pub struct Archive {
     pub path: PathBuf,
     /// The name that pods call it by.
     pub name: String,
+    /// `sha256:...` of its manifest: what a registry would call it.
+    pub digest: String,
 }
 
 /// The programs of this project that run in containers.
@@ -79,10 +81,24 @@ pub fn stage(program: &str, rootfs: &Path) -> Result<()> {
 /// The release binary with libc inside. Only the last link differs from the usual release build.
 fn static_binary(program: &str) -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace()).args(["rustc", "--release", "--locked", "--package", program, "--bin", program]);
+    cargo.current_dir(workspace()).args([
+        "rustc",
+        "--release",
+        "--locked",
+        "--package",
+        program,
+        "--bin",
+        program,
+    ]);
     // Symbols stay, for backtraces; debug information is three quarters of the file.
     let flags = ["-C", "target-feature=+crt-static", "-C", "strip=debuginfo"];
     cargo.args(["--message-format=json", "--"]).args(flags);
+    // Set for tests by the cargo that runs them; build scripts that watch them would run again.
+    for (name, _) in std::env::vars() {
+        if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
+            cargo.env_remove(name);
+        }
+    }
     let messages = output(&mut cargo)?;
     let artifact = messages
         .lines()
@@ -94,9 +110,10 @@ fn static_binary(program: &str) -> Result<PathBuf> {
 
 fn ca_bundle() -> Result<PathBuf> {
     let known = ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt"].map(PathBuf::from);
-    known.into_iter().find(|path| path.exists()).context(
-        "this machine has no bundle of root certificates (Debian: apt-get install ca-certificates)",
-    )
+    known
+        .into_iter()
+        .find(|path| path.exists())
+        .context("this machine has no bundle of root certificates (Debian: apt-get install ca-certificates)")
 }
 
 fn place(from: &Path, to: &Path, mode: u32) -> Result<()> {
@@ -134,9 +151,9 @@ pub fn build_system_images(layout: &Layout) -> Result<Vec<Archive>> {
 /// `buildah bud` of the `Dockerfile` in `context` into an OCI archive in `folder`. All files get the same time.
 fn bud(context: &Path, folder: &Path, name: &str, arguments: &[String]) -> Result<Archive> {
     fs::create_dir_all(folder)?;
-    let archive = Archive { path: folder.join(format!("{name}.tar")), name: image_name(name) };
-    if archive.path.exists() {
-        fs::remove_file(&archive.path)?;
+    let (path, name) = (folder.join(format!("{name}.tar")), image_name(name));
+    if path.exists() {
+        fs::remove_file(&path)?;
     }
     let storage = tempfile::tempdir()?;
     let buildah = || {
@@ -150,14 +167,15 @@ fn bud(context: &Path, folder: &Path, name: &str, arguments: &[String]) -> Resul
     };
     output(
         buildah()
-            .args(["bud", "--isolation", "chroot", "--timestamp", "0", "--pull-never", "--tag", &archive.name])
+            .args(["bud", "--isolation", "chroot", "--timestamp", "0", "--pull-never", "--tag", &name])
             .args(arguments)
             .arg(context),
     )
     .context("buildah builds images (Debian: apt-get install buildah)")?;
-    let target = format!("oci-archive:{}:{}", archive.path.display(), archive.name);
-    output(buildah().args(["push", &archive.name, &target]))?;
-    Ok(archive)
+    let target = format!("oci-archive:{}:{name}", path.display());
+    let digest = storage.path().join("digest");
+    output(buildah().args(["push", "--digestfile"]).arg(&digest).args([&name, &target]))?;
+    Ok(Archive { path, name, digest: fs::read_to_string(digest)?.trim().to_string() })
 }
 
 fn metadata() -> Result<Metadata> {
@@ -196,7 +214,8 @@ fn sbom_of(metadata: &Metadata, program: &str) -> Result<serde_json::Value> {
             }
         }
     }
-    let mut components: Vec<_> = metadata.packages.iter().filter(|package| linked.contains(&package.id)).collect();
+    let mut components: Vec<_> =
+        metadata.packages.iter().filter(|package| linked.contains(&package.id)).collect();
     components.sort_by_key(|package| (&package.name, &package.version));
     if components.is_empty() {
         bail!("{program} depends on nothing: cargo's answer is incomplete");

@@ -123,9 +123,8 @@ pub fn write_faults(file: &Path, faults: &[Fault]) -> Result<()> {
 /// The faults in force. No file: none.
 pub fn read_faults(file: &Path) -> Result<Vec<Fault>> {
     match fs::read(file) {
-        Ok(content) => {
-            serde_json::from_slice(&content).with_context(|| format!("{} is not a list of faults", file.display()))
-        }
+        Ok(content) => serde_json::from_slice(&content)
+            .with_context(|| format!("{} is not a list of faults", file.display())),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", file.display())),
     }
@@ -177,7 +176,8 @@ pub async fn serve(listen: &[SocketAddr], upstream: String, faults: PathBuf) -> 
     });
     let mut servers = tokio::task::JoinSet::new();
     for address in listen {
-        let listener = TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
+        let listener =
+            TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))?;
         servers.spawn(accept(listener, proxy.clone()));
     }
     match servers.join_next().await {
@@ -196,7 +196,9 @@ async fn accept(listener: TcpListener, proxy: Arc<Proxy>) -> Result<()> {
                 async move { proxy.handle(request).await }
             });
             // An error is what a fault looks like from this side.
-            let _ = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service).await;
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
         });
     }
 }
@@ -232,10 +234,16 @@ impl Proxy {
     }
 
     /// The server's answer. Its headers are the server's, so the length that a cut body falls short of is told.
-    async fn forward(&self, request: Request<Incoming>, upload_bytes: u64, download_bytes: u64) -> Result<Answer> {
+    async fn forward(
+        &self,
+        request: Request<Incoming>,
+        upload_bytes: u64,
+        download_bytes: u64,
+    ) -> Result<Answer> {
         let (mut head, body) = request.into_parts();
         let path = head.uri.path_and_query().map_or("/", |path| path.as_str());
-        head.uri = Uri::builder().scheme("http").authority(self.upstream.as_str()).path_and_query(path).build()?;
+        head.uri =
+            Uri::builder().scheme("http").authority(self.upstream.as_str()).path_and_query(path).build()?;
         let request = Request::from_parts(head, Cut { body, bytes_left: upload_bytes });
         match self.client.request(request).await {
             Ok(answer) => Ok(answer.map(|body| Either::Right(Cut { body, bytes_left: download_bytes }))),
@@ -253,7 +261,8 @@ fn error_answer(code: u16) -> Result<Answer> {
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{}</Code><Message>fault on command</Message></Error>",
         if code == 503 { "SlowDown" } else { "InternalError" }
     );
-    let answer = Response::builder().status(StatusCode::from_u16(code)?).header("content-type", "application/xml");
+    let answer =
+        Response::builder().status(StatusCode::from_u16(code)?).header("content-type", "application/xml");
     Ok(answer.body(Either::Left(Full::new(Bytes::from(body))))?)
 }
 
@@ -271,7 +280,9 @@ impl<B: Body<Data = Bytes, Error = hyper::Error> + Unpin> Body for Cut<B> {
         mut self: Pin<&mut Self>,
         context: &mut std::task::Context<'_>,
     ) -> Poll<Option<std::io::Result<Frame<Bytes>>>> {
-        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(context)) else { return Poll::Ready(None) };
+        let Some(frame) = ready!(Pin::new(&mut self.body).poll_frame(context)) else {
+            return Poll::Ready(None);
+        };
         let frame = frame.map_err(std::io::Error::other)?;
         let bytes = frame.data_ref().map_or(0, |data| data.len() as u64);
         if bytes > self.bytes_left {
@@ -287,5 +298,124 @@ impl<B: Body<Data = Bytes, Error = hyper::Error> + Unpin> Body for Cut<B> {
 
     fn size_hint(&self) -> hyper::body::SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http_body_util::Empty;
+
+    /// A server that stores the last body and answers `stored`, behind a proxy with these faults. Returns the proxy's
+    /// address and what the server has seen.
+    async fn proxied(faults: &[Fault]) -> (String, Arc<Mutex<Vec<String>>>, tempfile::TempDir) {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("faults.json");
+        write_faults(&file, faults).unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let upstream = server.local_addr().unwrap().to_string();
+        let record = seen.clone();
+        tokio::spawn(async move {
+            loop {
+                let (stream, _) = server.accept().await.unwrap();
+                let record = record.clone();
+                let service = service_fn(move |request: Request<Incoming>| {
+                    let record = record.clone();
+                    async move {
+                        let host = request.headers()["host"].to_str().unwrap().to_string();
+                        let body = request.into_body().collect().await?.to_bytes();
+                        record.lock().unwrap().push(format!("{host} {}", body.len()));
+                        Ok::<_, hyper::Error>(Response::new(Full::new(Bytes::from_static(b"stored"))))
+                    }
+                });
+                let connection = hyper::server::conn::http1::Builder::new();
+                tokio::spawn(
+                    async move { connection.serve_connection(TokioIo::new(stream), service).await.ok() },
+                );
+            }
+        });
+        let free = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+        tokio::spawn(async move { serve(&[free], upstream, file).await });
+        while tokio::net::TcpStream::connect(free).await.is_err() {
+            tokio::task::yield_now().await;
+        }
+        (free.to_string(), seen, folder)
+    }
+
+    /// The status and the body, or that the connection broke.
+    async fn put(address: &str, path: &str, bytes: usize) -> Result<(u16, String)> {
+        let client = Client::builder(TokioExecutor::new()).pool_max_idle_per_host(0).build_http();
+        let body = Full::new(Bytes::from(vec![0; bytes]));
+        let request = Request::put(format!("http://{address}/{path}")).body(body)?;
+        let answer = client.request(request).await?;
+        let status = answer.status().as_u16();
+        Ok((status, String::from_utf8(answer.into_body().collect().await?.to_bytes().to_vec())?))
+    }
+
+    #[tokio::test]
+    async fn without_faults_everything_passes_as_it_was_signed() {
+        let (address, seen, _folder) = proxied(&[]).await;
+        assert_eq!(put(&address, "x", 100_000).await.unwrap(), (200, "stored".to_string()));
+        assert_eq!(*seen.lock().unwrap(), [format!("{address} 100000")]);
+    }
+
+    #[tokio::test]
+    async fn each_kind_fails_as_it_says() {
+        let only = |kind, path: &str| Fault::always(kind).path(path);
+        let (address, seen, _folder) = proxied(&[
+            only(FaultKind::Status { code: 503 }, "busy"),
+            only(FaultKind::Drop, "drop"),
+            only(FaultKind::CutUpload { bytes: 10 }, "cut-upload"),
+            only(FaultKind::CutDownload { bytes: 2 }, "cut-download"),
+            only(FaultKind::LoseAnswer, "lose"),
+        ])
+        .await;
+        let (status, body) = put(&address, "busy", 1).await.unwrap();
+        assert!(status == 503 && body.contains("<Code>SlowDown</Code>"), "{status} {body}");
+        assert!(put(&address, "drop", 1).await.is_err());
+        assert!(put(&address, "cut-upload", 1_000_000).await.is_err());
+        assert!(seen.lock().unwrap().is_empty());
+        assert!(put(&address, "cut-download", 1).await.is_err());
+        assert!(put(&address, "lose", 7).await.is_err());
+        // These two were carried out.
+        assert_eq!(*seen.lock().unwrap(), [format!("{address} 1"), format!("{address} 7")]);
+    }
+
+    #[tokio::test]
+    async fn an_unreachable_server_is_a_bad_gateway() {
+        let folder = tempfile::tempdir().unwrap();
+        let closed = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().to_string();
+        let proxy = Proxy {
+            upstream: closed,
+            chooser: Mutex::new(Chooser::new(folder.path().join("none"))),
+            client: Client::builder(TokioExecutor::new()).build_http(),
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(accept(listener, Arc::new(proxy)));
+        let client: Client<_, Empty<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+        let answer = client.get(format!("http://{address}/").parse().unwrap()).await.unwrap();
+        assert_eq!(answer.status(), 502);
+    }
+
+    #[test]
+    fn times_percent_and_filters_choose_the_requests() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("faults.json");
+        let mut chooser = Chooser::new(file.clone());
+        assert_eq!(chooser.choose("GET", "/x").unwrap(), None);
+
+        let twice = Fault::always(FaultKind::Drop).method("put").path("manifest").times(2);
+        write_faults(&file, std::slice::from_ref(&twice)).unwrap();
+        assert_eq!(chooser.choose("GET", "/manifest").unwrap(), None);
+        assert_eq!(chooser.choose("PUT", "/weights").unwrap(), None);
+        assert_eq!(chooser.choose("PUT", "/manifest").unwrap(), Some(FaultKind::Drop));
+        assert_eq!(chooser.choose("PUT", "/manifest").unwrap(), Some(FaultKind::Drop));
+        assert_eq!(chooser.choose("PUT", "/manifest").unwrap(), None);
+
+        write_faults(&file, &[Fault::always(FaultKind::Drop).percent(30)]).unwrap();
+        let hits = (0..1000).filter(|_| chooser.choose("GET", "/").unwrap().is_some()).count();
+        assert!((250..350).contains(&hits), "{hits}");
     }
 }

@@ -54,14 +54,16 @@ impl Environment {
 
     async fn external() -> Result<Self> {
         let variable = |name: &str| {
-            std::env::var(name).with_context(|| format!("GROWTH_TEST_CLUSTER=external needs {name}: see docs/testing.md"))
+            std::env::var(name)
+                .with_context(|| format!("GROWTH_TEST_CLUSTER=external needs {name}: see docs/testing.md"))
         };
         let kubeconfig = PathBuf::from(variable("KUBECONFIG")?);
         let endpoint = variable("AWS_ENDPOINT_URL")?;
         Ok(Environment {
             client: client_of(&kubeconfig).await?,
             s3: S3 {
-                endpoint_in_cluster: variable("GROWTH_TEST_S3_ENDPOINT_IN_CLUSTER").unwrap_or(endpoint.clone()),
+                endpoint_in_cluster: variable("GROWTH_TEST_S3_ENDPOINT_IN_CLUSTER")
+                    .unwrap_or(endpoint.clone()),
                 endpoint,
                 bucket: variable("GROWTH_TEST_S3_BUCKET")?,
                 region: variable("AWS_REGION")?,
@@ -148,7 +150,11 @@ impl TestNamespace {
     /// Watches an object until `condition` holds and returns it as it was then. Errors: not within `timeout`.
     pub async fn wait<K>(&self, name: &str, timeout: Duration, condition: impl Condition<K>) -> Result<K>
     where
-        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope> + Clone + Debug + Send + DeserializeOwned,
+        K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope>
+            + Clone
+            + Debug
+            + Send
+            + DeserializeOwned,
         K: 'static,
         K::DynamicType: Default,
     {
@@ -203,7 +209,11 @@ impl TestNamespace {
         for pod in self.api::<Pod>().list(&ListParams::default()).await?.items {
             let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()).unwrap_or_default();
             let status = pod.status.clone().unwrap_or_default();
-            eprintln!("pod    {} on {node}: {}", pod.name_any(), serde_json::to_string(&status.container_statuses)?);
+            eprintln!(
+                "pod    {} on {node}: {}",
+                pod.name_any(),
+                serde_json::to_string(&status.container_statuses)?
+            );
             match self.log(&pod.name_any(), Some(60)).await {
                 Ok(log) => log.lines().for_each(|line| eprintln!("       | {line}")),
                 Err(error) => eprintln!("       no log: {error}"),
@@ -220,9 +230,15 @@ impl TestNamespace {
         let lines: Vec<&str> = log.lines().filter(|line| line.contains(&field)).collect();
         for line in &lines[lines.len().saturating_sub(40)..] {
             let call: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
-            let text = |pointer: &str| call.pointer(pointer).and_then(|value| value.as_str()).unwrap_or_default();
+            let text =
+                |pointer: &str| call.pointer(pointer).and_then(|value| value.as_str()).unwrap_or_default();
             let code = call.pointer("/responseStatus/code").cloned().unwrap_or_default();
-            eprintln!("call   {} {} {} -> {code}", text("/user/username"), text("/verb"), text("/requestURI"));
+            eprintln!(
+                "call   {} {} {} -> {code}",
+                text("/user/username"),
+                text("/verb"),
+                text("/requestURI")
+            );
         }
         Ok(())
     }

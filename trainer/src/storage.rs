@@ -146,8 +146,9 @@ fn settings(
     if let Some(region) = &options.region {
         settings.push(("aws_region".to_owned(), region.clone()));
     }
-    let is_plain =
-        |(key, value): &(String, String)| S3_ENDPOINT_KEYS.contains(&key.as_str()) && value.starts_with("http://");
+    let is_plain = |(key, value): &(String, String)| {
+        S3_ENDPOINT_KEYS.contains(&key.as_str()) && value.starts_with("http://")
+    };
     if settings.iter().any(is_plain) {
         settings.push(("aws_allow_http".to_owned(), "true".to_owned()));
     }

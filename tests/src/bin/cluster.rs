@@ -203,13 +203,15 @@ async fn run(cli: Cli) -> Result<()> {
         }
         Verb::Node(verb) => node(attach()?, verb).await,
         Verb::ControlPlane(ControlPlaneVerb::Kill { component }) => attach()?.stop_component(&component),
-        Verb::ControlPlane(ControlPlaneVerb::Start { component }) => attach()?.start_component(&component).await,
+        Verb::ControlPlane(ControlPlaneVerb::Start { component }) => {
+            attach()?.start_component(&component).await
+        }
         Verb::S3(verb) => s3(&attach()?, verb),
         Verb::S3Proxy { listen, upstream, faults } => s3_proxy::serve(&listen, upstream, faults).await,
     }
 }
 
-async fn node(mut cluster: Cluster, verb: NodeVerb) -> Result<()> {
+async fn node(cluster: Cluster, verb: NodeVerb) -> Result<()> {
     match verb {
         NodeVerb::Kill { node } => cluster.kill_node(node.0),
         NodeVerb::Start { node } => cluster.start_node(node.0).await,

@@ -47,8 +47,9 @@ fn run(cli: Cli) -> Result<()> {
         let archive = images::build(&program, &out)?;
         let bytes = archive.path.metadata()?.len();
         eprintln!(
-            "{}: {} in {:.1} s",
+            "{}@{}: {} in {:.1} s",
             archive.name,
+            archive.digest,
             indicatif::HumanBytes(bytes),
             started.elapsed().as_secs_f64()
         );

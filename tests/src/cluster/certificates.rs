@@ -43,7 +43,9 @@ impl<'a> Authority<'a> {
     /// The API server's certificate, for all the names and addresses that it is called by.
     pub fn api_server(&self, addresses: &[Ipv4Addr]) -> Result<()> {
         let mut names: Vec<String> = addresses.iter().map(Ipv4Addr::to_string).collect();
-        names.extend(["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"].map(String::from));
+        names.extend(
+            ["localhost", "kubernetes", "kubernetes.default", "kubernetes.default.svc"].map(String::from),
+        );
         self.issue("kube-apiserver", "kube-apiserver", None, names)
     }
 

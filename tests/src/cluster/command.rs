@@ -6,7 +6,8 @@ use anyhow::{Context, Result, bail};
 
 /// What it printed. Errors: it cannot be started, or it fails: then its standard error is in the message.
 pub fn output(command: &mut Command) -> Result<String> {
-    let result = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {command:?}"))?;
+    let result =
+        command.stdin(Stdio::null()).output().with_context(|| format!("cannot start {command:?}"))?;
     if !result.status.success() {
         let said = String::from_utf8_lossy(&result.stderr);
         bail!("{} ({}): {}", shown(command), result.status, said.trim());

@@ -49,7 +49,9 @@ pub fn start_detached(layout: &Layout, name: &str, command: &mut Command) -> Res
 pub fn running(layout: &Layout) -> Result<Vec<Daemon>> {
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc")? {
-        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
         let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { continue };
         // First the handle, then the mark: what is read belongs to the process that the handle names.
         let Ok(handle) = pidfd_open(id, PidfdFlags::empty()) else { continue };

@@ -9,8 +9,8 @@
 //! # Ok(()) }
 //! ```
 
-mod cgroup;
 mod certificates;
+mod cgroup;
 pub mod command;
 mod control_plane;
 mod daemon;
@@ -144,7 +144,8 @@ impl Cluster {
     fn claim(layout: &Layout, options: Options) -> Result<Self> {
         let _lock = lock(&std::env::temp_dir().join("growth-cluster.lock"))?;
         let network = Network::unused()?;
-        let cluster = Cluster { layout: layout.clone(), state: State { options, network, gpus: BTreeMap::new() } };
+        let cluster =
+            Cluster { layout: layout.clone(), state: State { options, network, gpus: BTreeMap::new() } };
         cluster.write_state()?;
         if options.nodes > 0 {
             node::create_bridge(layout, network)?;
@@ -311,7 +312,9 @@ impl Cluster {
             })
             .collect();
         let nodes = match self.client().await {
-            Ok(client) if runs("kube-apiserver") => Api::<Node>::all(client).list(&Default::default()).await?.items,
+            Ok(client) if runs("kube-apiserver") => {
+                Api::<Node>::all(client).list(&Default::default()).await?.items
+            }
             _ => Vec::new(),
         };
         for number in 1..=self.nodes() {
@@ -384,7 +387,8 @@ impl Cluster {
             node::start(&self.layout, self.state.network, &self.state.options, number)?;
             self.wait_for_kubelet(number, now).await?;
         }
-        match self.state.gpus.get(&number) {
+        // Another process may have set them since this value was made.
+        match Self::read(&self.layout)?.state.gpus.get(&number) {
             // The kubelet reports no devices that it does not manage.
             Some(gpus) => self.patch_gpus(number, *gpus).await,
             None => Ok(()),
@@ -416,11 +420,12 @@ impl Cluster {
     }
 
     /// Gives the node `gpus` of the extended resource `nvidia.com/gpu`.
-    pub async fn set_gpus(&mut self, number: u8, gpus: u32) -> Result<()> {
+    pub async fn set_gpus(&self, number: u8, gpus: u32) -> Result<()> {
         self.check_node(number)?;
         self.patch_gpus(number, gpus).await?;
-        self.state.gpus.insert(number, gpus);
-        self.write_state()
+        let mut stored = Self::read(&self.layout)?;
+        stored.state.gpus.insert(number, gpus);
+        stored.write_state()
     }
 
     async fn patch_gpus(&self, number: u8, gpus: u32) -> Result<()> {
@@ -501,11 +506,12 @@ fn check_prerequisites(options: Options) -> Result<()> {
         bail!("nodes need root (namespaces, mounts, cgroups); `--control-plane-only` does not");
     }
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let missing: Vec<&str> = [("ip", "iproute2"), ("nft", "nftables"), ("unshare", "util-linux"), ("buildah", "buildah")]
-        .into_iter()
-        .filter(|(program, _)| !std::env::split_paths(&path).any(|folder| folder.join(program).exists()))
-        .map(|(_, package)| package)
-        .collect();
+    let missing: Vec<&str> =
+        [("ip", "iproute2"), ("nft", "nftables"), ("unshare", "util-linux"), ("buildah", "buildah")]
+            .into_iter()
+            .filter(|(program, _)| !std::env::split_paths(&path).any(|folder| folder.join(program).exists()))
+            .map(|(_, package)| package)
+            .collect();
     if !missing.is_empty() {
         bail!("missing on this machine (Debian: apt-get install {})", missing.join(" "));
     }

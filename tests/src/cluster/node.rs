@@ -82,7 +82,8 @@ pub fn start(layout: &Layout, network: Network, options: &Options, number: u8) -
     run(&format!("ip link set {cable} master {} up", layout.bridge()))?;
     run(&format!("ip route replace {} via {}", network.pod_subnet(number), network.node(number)))?;
     let mut boot = child.stdin.take().context("the node's first process has no standard input")?;
-    boot.write_all(b"go\n").with_context(|| format!("{name} ended at once: see {}", layout.log(&name).display()))
+    boot.write_all(b"go\n")
+        .with_context(|| format!("{name} ended at once: see {}", layout.log(&name).display()))
 }
 
 /// The power cut: everything that runs on the node ends at once, its disk stays.

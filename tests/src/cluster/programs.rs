@@ -152,7 +152,8 @@ impl Module {
 
     fn build(&self, layout: &Layout, number: usize, of: usize) -> Result<()> {
         let started = Instant::now();
-        let title = format!("[{number}/{of}] go build {} (about {} s the first time)", self.name, self.cold_seconds);
+        let title =
+            format!("[{number}/{of}] go build {} (about {} s the first time)", self.name, self.cold_seconds);
         let progress = Progress::new(title);
         // A folder must exist and be named with a slash at its end.
         let mut command = Command::new("go");
@@ -253,7 +254,8 @@ mod tests {
 
     #[test]
     fn the_version_of_kubernetes_is_that_of_the_module_file() {
-        let flags = kubernetes_version_flags("module x\n\nrequire k8s.io/kubernetes v1.37.2 // indirect\n").unwrap();
+        let flags =
+            kubernetes_version_flags("module x\n\nrequire k8s.io/kubernetes v1.37.2 // indirect\n").unwrap();
         assert!(flags.contains("gitVersion=v1.37.2 ") && flags.ends_with("gitMinor=37"), "{flags}");
     }
 }

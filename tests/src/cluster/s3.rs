@@ -78,8 +78,7 @@ pub fn start(layout: &Layout, network: Network, options: &Options) -> Result<()>
 fn cluster_program() -> Result<PathBuf> {
     let this = std::env::current_exe()?;
     let candidates = this.ancestors().skip(1).take(2).map(|folder| folder.join("cluster"));
-    candidates
-        .into_iter()
-        .find(|path| path.is_file())
-        .with_context(|| format!("no program `cluster` beside {}: cargo build -p growth-tests --bins", this.display()))
+    candidates.into_iter().find(|path| path.is_file()).with_context(|| {
+        format!("no program `cluster` beside {}: cargo build -p growth-tests --bins", this.display())
+    })
 }
