@@ -20,6 +20,9 @@ use serde_json::{Value, json};
 /// The cluster with the CRD of this work tree, applied the way users do: client side, so that the size limit on
 /// `last-applied-configuration` holds.
 async fn with_crd() -> Environment {
+    // Two clients that create it at once would not both succeed, as with any object.
+    static ONE_AT_A_TIME: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+    let _turn = ONE_AT_A_TIME.lock().await;
     let environment = Environment::connect().await.unwrap();
     let file = workspace().join("crds/growthtrainingjobs.yaml");
     environment.kubectl().args(["apply", "--filename", file.to_str().unwrap()]).run().unwrap();
