@@ -13,6 +13,18 @@ COPY . .
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
     cargo run --release --locked -p growth-tests --bin images -- --stage /rootfs
 
+FROM scratch AS growth-operator
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="growth-operator" \
+      org.opencontainers.image.description="Runs GrowthTrainingJobs on Kubernetes" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+COPY --from=build /rootfs/growth-operator/ /
+USER 65532:65532
+ENTRYPOINT ["/usr/bin/growth-operator"]
+
 FROM scratch AS growth-trainer
 ARG VERSION=unknown
 ARG REVISION=unknown

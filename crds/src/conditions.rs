@@ -139,6 +139,8 @@ words! {
         TransformFailed,
         /// A failure rule says FailJob.
         FailurePolicyRule,
+        /// A pod found the job or its files at fault; the message is its own.
+        InvalidInput,
         /// No intact checkpoint is left.
         CheckpointCorrupt,
     }
@@ -165,6 +167,7 @@ impl ConditionType {
                 R::ProgressDeadlineExceeded,
                 R::TransformFailed,
                 R::FailurePolicyRule,
+                R::InvalidInput,
                 R::CheckpointCorrupt,
             ],
         }

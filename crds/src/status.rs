@@ -34,7 +34,13 @@ pub struct GrowthTrainingJobStatus {
     /// Restarts that count towards maxRestarts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub restarts: Option<i32>,
-    /// Times that the current stage has been started, resumes and preemptions included.
+    /// Of these, the ones since restartWindowStart: what maxRestarts is compared with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restarts_in_window: Option<i32>,
+    /// First counted restart of the present failurePolicy.windowSeconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub restart_window_start: Option<Time>,
+    /// Times that work has been started, resumes and preemptions included.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub execution_attempts: Option<i32>,
     /// When the first pod was asked for.
@@ -46,6 +52,9 @@ pub struct GrowthTrainingJobStatus {
     /// How far it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<ProgressStatus>,
+    /// The preparation of the data.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data: Option<AttemptStatus>,
     /// Stages that have begun, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16))]
@@ -130,15 +139,15 @@ pub struct StageStatus {
     pub name: String,
     /// Where it is.
     pub state: StageState,
-    /// Attempt that runs or ran last, from 0; it fences checkpoints.
+    /// The growth step, of a stage that grows.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub attempt: Option<i32>,
-    /// Job of the attempt.
+    pub transform: Option<AttemptStatus>,
+    /// The training attempt that runs or ran last.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub job_name: Option<String>,
-    /// Job of the growth step.
+    pub attempt: Option<AttemptStatus>,
+    /// The newest attempt that the storage knew before this object began: a job that ran elsewhere goes on.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub transform_job_name: Option<String>,
+    pub known_attempts: Option<i32>,
     /// When it began.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
@@ -157,6 +166,31 @@ pub struct StageStatus {
     /// Its last failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<FailureStatus>,
+}
+
+/// One attempt at a piece of work: a Job with its pods.
+#[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct AttemptStatus {
+    /// From 1. It fences checkpoints: an attempt must not commit once a higher one has.
+    pub number: i32,
+    /// Its Job, Service and ConfigMap.
+    pub job_name: String,
+    /// The Job, once it was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_uid: Option<String>,
+    /// Not to be started before: the back-off after a failure.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<Time>,
+    /// When its Job was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub start_time: Option<Time>,
+    /// When all its pods were ready: the deadline for starting ends here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ready_time: Option<Time>,
+    /// When its work was done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub completion_time: Option<Time>,
 }
 
 /// Where a stage is.

@@ -1,76 +1,21 @@
 //! The trainer's image in restricted pods, with its data and checkpoints on a real S3 server, which also fails.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod common;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
-use futures::TryStreamExt;
+use anyhow::Result;
+use common::{job, newest_checkpoint, tensors, trainer, upload_corpus, write};
 use growth_tests::s3_proxy::{Fault, FaultKind};
 use growth_tests::testing::{Environment, TestNamespace};
 use growth_tests::{images, workspace};
 use k8s_openapi::api::core::v1::{ConfigMap, Pod, Secret};
-use object_store::aws::{AmazonS3, AmazonS3Builder};
-use object_store::{ObjectStore, ObjectStoreExt};
 use serde_json::{Value, json};
 
 /// At most, for one pod: image start, data, 40 steps, 20 checkpoints, with faults.
 const POD_TIMEOUT: Duration = Duration::from_secs(180);
-
-fn s3(environment: &Environment) -> AmazonS3 {
-    let s3 = &environment.s3;
-    let builder = AmazonS3Builder::new()
-        .with_endpoint(&s3.endpoint)
-        .with_allow_http(true)
-        .with_bucket_name(&s3.bucket)
-        .with_region(&s3.region)
-        .with_access_key_id(&s3.access_key_id)
-        .with_secret_access_key(&s3.secret_access_key);
-    builder.build().unwrap()
-}
-
-/// Some text that is always there: this project's documents.
-async fn upload_corpus(environment: &Environment, prefix: &str) -> Result<()> {
-    let store = s3(environment);
-    for entry in std::fs::read_dir(workspace().join("docs"))? {
-        let path = entry?.path();
-        if path.extension().is_some_and(|end| end == "md") {
-            let name = path.file_name().unwrap().to_str().unwrap();
-            store.put(&format!("{prefix}/corpus/{name}").into(), std::fs::read(&path)?.into()).await?;
-        }
-    }
-    Ok(())
-}
-
-/// One stage of 40 steps with a checkpoint every second step. `runs` is where the job keeps its own.
-fn job(environment: &Environment, prefix: &str, runs: &str, endpoint: &str) -> Value {
-    let s3 = &environment.s3;
-    json!({
-        "apiVersion": "growth.dev/v1alpha1",
-        "kind": "GrowthTrainingJob",
-        "metadata": {"name": "tiny"},
-        "spec": {
-            "model": {"hiddenSize": 64, "intermediateSize": 176, "numAttentionHeads": 4},
-            "data": {
-                "train": [{"uri": format!("s3://{}/{prefix}/corpus/*.md", s3.bucket)}],
-                "holdOutPercent": 10,
-                "tokenizer": {"train": {"vocabSize": 512, "sampleBytes": "1M"}},
-            },
-            "storage": {
-                "uri": format!("s3://{}/{prefix}/{runs}", s3.bucket),
-                "endpoint": endpoint,
-                "region": s3.region,
-                "credentialsSecretRef": {"name": "s3-keys"},
-            },
-            "training": {"sequenceLength": 64, "globalBatchTokens": 512, "seed": 7},
-            "evaluation": {"tokens": 512},
-            "checkpoint": {"everyTokens": 1024, "keepLast": 2},
-            "stages": [{"name": "small", "model": {"numHiddenLayers": 2}, "tokens": 20480}],
-        },
-    })
-}
 
 /// A pod as the operator will make it: restricted, without a token, credentials from the Secret only.
 fn pod(environment: &Environment, name: &str, files: &str, arguments: &[&str]) -> Value {
@@ -99,27 +44,6 @@ fn pod(environment: &Environment, name: &str, files: &str, arguments: &[&str]) -
     })
 }
 
-/// The trainer on this machine, as a user runs it.
-fn trainer(environment: &Environment, arguments: &[&str]) -> Result<String> {
-    let mut command = Command::new(workspace().join("target/release/growth-trainer"));
-    command
-        .args(arguments)
-        .env("AWS_ENDPOINT_URL", &environment.s3.endpoint)
-        .env("AWS_REGION", &environment.s3.region);
-    command.envs(environment.s3.credentials());
-    let output = command.output().context("cargo build --release -p growth-trainer")?;
-    if !output.status.success() {
-        bail!("growth-trainer {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
-    }
-    Ok(String::from_utf8(output.stdout)?)
-}
-
-fn write(folder: &Path, name: &str, content: &Value) -> PathBuf {
-    let path = folder.join(name);
-    std::fs::write(&path, content.to_string()).unwrap();
-    path
-}
-
 /// Prepares the data and trains in pods. Returns the address of the last checkpoint.
 async fn train_in_pods(namespace: &TestNamespace, runs: &str) -> Result<String> {
     let environment = &namespace.environment;
@@ -145,24 +69,7 @@ async fn train_in_pods(namespace: &TestNamespace, runs: &str) -> Result<String> 
     namespace.create::<Pod>(train).await?;
     namespace.pod_succeeds(&stage, POD_TIMEOUT).await?;
 
-    let checkpoints = format!("{}/{runs}/tiny/checkpoints/small", namespace.name);
-    let listing = s3(environment).list_with_delimiter(Some(&checkpoints.into())).await?;
-    let newest = listing.common_prefixes.iter().max().context("no checkpoint")?;
-    Ok(format!("s3://{}/{newest}", environment.s3.bucket))
-}
-
-/// The bytes of everything in a checkpoint that training has computed.
-async fn tensors(environment: &Environment, checkpoint: &str) -> Result<BTreeMap<String, Vec<u8>>> {
-    let store = s3(environment);
-    let prefix = checkpoint.strip_prefix(&format!("s3://{}/", environment.s3.bucket)).unwrap();
-    let objects: Vec<_> = store.list(Some(&prefix.into())).try_collect().await?;
-    let mut found = BTreeMap::new();
-    for object in objects.into_iter().filter(|object| object.location.as_ref().ends_with(".safetensors")) {
-        let bytes = store.get(&object.location).await?.bytes().await?.to_vec();
-        let name = object.location.as_ref().trim_start_matches(prefix).to_string();
-        found.insert(name, bytes);
-    }
-    Ok(found)
+    newest_checkpoint(namespace, runs, "small").await
 }
 
 /// What S3 does to its clients on a bad day, and worse. Only this run's objects are concerned.

@@ -27,7 +27,7 @@ pub struct Archive {
 }
 
 /// The programs of this project that run in containers.
-pub const PROGRAMS: [&str; 1] = ["growth-trainer"];
+pub const PROGRAMS: [&str; 2] = ["growth-operator", "growth-trainer"];
 
 /// What a pod's `image` says in the tests.
 pub fn image_name(program: &str) -> String {

@@ -11,6 +11,7 @@ pub mod ops;
 pub mod progress;
 pub mod random;
 pub mod report;
+pub mod server;
 pub mod storage;
 pub mod tokenizer;
 pub mod training;

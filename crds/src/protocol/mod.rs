@@ -1,5 +1,10 @@
-//! What operator and trainer exchange: the checkpoint manifest, progress, outcome.
+//! What operator and trainer exchange: the contract of a trainer container, the checkpoint manifest, progress, outcome.
 
+pub mod contract;
 mod manifest;
+mod outcome;
+mod progress;
 
 pub use manifest::*;
+pub use outcome::*;
+pub use progress::*;

@@ -292,6 +292,13 @@ impl Cluster {
         command
     }
 
+    /// `helm`, pointed at this cluster.
+    pub fn helm(&self) -> Command {
+        let mut command = Command::new(self.layout.program("helm"));
+        command.env("KUBECONFIG", self.layout.kubeconfig());
+        command
+    }
+
     /// `kubectl apply` of manifests.
     fn apply(&self, manifests: &str) -> Result<()> {
         let file = self.layout.folder().join("apply.yaml");

@@ -73,6 +73,7 @@ const NODES: &[Module] = &[
         cgo: false,
         cold_seconds: 5,
     },
+    Module { name: "helm", packages: &["helm.sh/helm/v4/cmd/helm"], cgo: false, cold_seconds: 100 },
     Module { name: "coredns", packages: &["github.com/coredns/coredns"], cgo: false, cold_seconds: 85 },
 ];
 

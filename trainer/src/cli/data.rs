@@ -2,11 +2,14 @@
 
 use super::{End, Options, load_job, plan::find_stage, print_json};
 use comfy_table::{Table, presets};
+use growth_crds::protocol::Outcome;
 use growth_trainer::data::Dataset;
-use growth_trainer::job;
+use growth_trainer::job_file::LoadedJob;
 use growth_trainer::progress::{bytes, count};
 use growth_trainer::training::stage::training_order;
+use growth_trainer::{checkpoint, job};
 use safetensors::tensor::{Dtype, TensorView};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// What to do with data.
@@ -42,18 +45,27 @@ pub fn run(command: &Command, options: &Options) -> anyhow::Result<End> {
     }
 }
 
-fn open(
-    path: &std::path::Path,
-    options: &Options,
-) -> anyhow::Result<(growth_trainer::job_file::LoadedJob, Dataset)> {
+fn open(path: &std::path::Path, options: &Options) -> anyhow::Result<(LoadedJob, Dataset)> {
     let loaded = load_job(path)?;
     let storage = job::open_storage(&loaded.job.spec.storage)?;
     let dataset = job::prepare_data(&loaded.plan, &storage, &mut options.reporter())?;
     Ok((loaded, dataset))
 }
 
+/// The newest attempt of every stage that the storage knows.
+fn attempts(loaded: &LoadedJob) -> anyhow::Result<BTreeMap<String, i32>> {
+    let storage = job::open_storage(&loaded.job.spec.storage)?;
+    let mut attempts = BTreeMap::new();
+    for plan in &loaded.plan.stages {
+        let newest = checkpoint::next_attempt(&storage, &plan.job, &plan.stage)? - 1;
+        attempts.insert(plan.stage.clone(), i32::try_from(newest)?);
+    }
+    Ok(attempts)
+}
+
 fn prepare(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
-    let (_, dataset) = open(path, options)?;
+    let (loaded, dataset) = open(path, options)?;
+    options.report(&Outcome { attempts: attempts(&loaded)?, ..Outcome::finished(None) })?;
     if options.json {
         print_json(
             &serde_json::json!({ "digest": dataset.digest(), "parts": dataset.parts().collect::<Vec<_>>() }),

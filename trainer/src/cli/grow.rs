@@ -3,6 +3,7 @@
 use super::{End, Options, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::{GrowthOperator, GrowthPlan, OptimizerStatePolicy, StageStart, growth_map};
+use growth_crds::protocol::{Outcome, checkpoint_status};
 use growth_trainer::checkpoint::{self, HuggingFaceFolder};
 use growth_trainer::growth::{self, GrownCheckpoint, GrowthTarget};
 use growth_trainer::job;
@@ -57,6 +58,7 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
         None => grow_folder(arguments, &mut reporter)?,
     };
     drop(reporter);
+    options.report(&Outcome::finished(Some(checkpoint_status(&grown.manifest, &grown.uri))))?;
     if options.json {
         print_json(&grown.manifest)?;
     } else {

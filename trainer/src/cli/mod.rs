@@ -13,6 +13,7 @@ mod train;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use growth_crds::protocol::{Outcome, contract};
 use growth_trainer::checkpoint::CheckpointError;
 use growth_trainer::data::DataError;
 use growth_trainer::growth::GrowthError;
@@ -20,7 +21,7 @@ use growth_trainer::job::JobError;
 use growth_trainer::job_file::{JobFileError, LoadedJob};
 use growth_trainer::progress::Reporter;
 use growth_trainer::training::stage::TrainError;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -28,9 +29,9 @@ use std::sync::atomic::AtomicBool;
 /// Exit code of a job that was asked to stop and can go on.
 const EXIT_STOPPED: u8 = 130;
 /// Exit code of input that cannot work, found before any work.
-const EXIT_BAD_INPUT: u8 = 2;
+const EXIT_BAD_INPUT: u8 = contract::EXIT_BAD_INPUT;
 /// Exit code of everything else that went wrong.
-const EXIT_FAILED: u8 = 1;
+const EXIT_FAILED: u8 = contract::EXIT_FAILED;
 
 /// Trains a small language model, grows it, and goes on training the large one.
 ///
@@ -61,6 +62,9 @@ pub struct Options {
     /// Show no progress
     #[arg(long, short, global = true)]
     quiet: bool,
+    /// Write how the work ended here, as JSON: a pod's termination message
+    #[arg(long, global = true, env = contract::ENV_OUTCOME_FILE, value_name = "FILE")]
+    outcome_file: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -108,6 +112,9 @@ pub fn main() -> ExitCode {
         Ok(End::Failed) => ExitCode::from(EXIT_FAILED),
         Err(error) => {
             eprintln!("error: {}", message(&error));
+            if let Err(second) = options.report(&Outcome::failed(&message(&error))) {
+                eprintln!("error: {second:#}");
+            }
             ExitCode::from(exit_code(&error))
         }
     }
@@ -141,6 +148,13 @@ fn start(options: &Options) -> anyhow::Result<()> {
 }
 
 impl Options {
+    /// Leaves the last word where a controller finds it.
+    fn report(&self, outcome: &Outcome) -> anyhow::Result<()> {
+        let Some(file) = &self.outcome_file else { return Ok(()) };
+        std::fs::write(file, serde_json::to_vec(outcome)?)
+            .with_context(|| format!("cannot write {}", file.display()))
+    }
+
     /// Progress for people, unless they asked for none.
     fn reporter(&self) -> Reporter {
         if self.json || self.quiet { Reporter::quiet() } else { Reporter::for_people() }

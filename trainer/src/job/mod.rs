@@ -10,6 +10,7 @@ use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, Unit};
 use crate::report::StageReport;
 use crate::storage::{Storage, StorageOptions};
+use crate::training::board::ProgressBoard;
 use crate::training::history::History;
 use crate::training::stage::{self, StageEnd, StageInputs, TrainError, read_history};
 use growth_crds::plan::{GrowthPlan, JobPlan, ModelConfig, StagePlan, StageStart};
@@ -130,7 +131,9 @@ pub fn run(loaded: &LoadedJob, stop: &AtomicBool, reporter: &mut Reporter) -> Re
         if let (StageStart::Growth(growth), Some(before)) = (&stage.start, index.checked_sub(1)) {
             grow(&storage, &plan.stages[before], stage, growth, reporter)?;
         }
-        let inputs = StageInputs { plan: stage, storage: &storage, dataset: &dataset, stop };
+        let board = ProgressBoard::default();
+        let (dataset, storage) = (&dataset, &storage);
+        let inputs = StageInputs { plan: stage, storage, dataset, stop, attempt: None, board: &board };
         if let StageEnd::Stopped(_) = stage::train(&inputs, reporter)? {
             return Ok(JobEnd::Stopped);
         }

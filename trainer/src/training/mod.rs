@@ -1,5 +1,6 @@
 //! Training a stage: the optimizer step, the learning rate, the loop.
 
+pub mod board;
 pub mod history;
 pub mod schedule;
 pub mod stage;

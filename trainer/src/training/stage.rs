@@ -9,11 +9,13 @@ use crate::model::initializer::initialize;
 use crate::model::layout::ParameterLayout;
 use crate::progress::{Reporter, Unit};
 use crate::storage::{Storage, StorageError, StorageOptions};
+use crate::training::board::ProgressBoard;
 use crate::training::history::{EvaluationRecord, History, StepRecord};
 use crate::training::schedule::learning_rate;
 use crate::training::step::{StepEngine, StepSettings};
 use growth_crds::plan::{StagePlan, StageStart};
-use growth_crds::protocol::CheckpointManifest;
+use growth_crds::protocol::{CheckpointManifest, Progress, checkpoint_status};
+use growth_crds::status::CheckpointStatus;
 use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -65,6 +67,16 @@ pub enum TrainError {
         /// Its value in the plan.
         expected: String,
     },
+    /// More pods than this trainer can use.
+    #[error(
+        "spec.stages[{index}].replicas: {replicas} pods cannot share a stage yet; use 1 until data parallelism is there"
+    )]
+    Replicas {
+        /// Position of the stage.
+        index: u32,
+        /// Pods of the attempt.
+        replicas: u32,
+    },
     /// The loss is not a number any more.
     #[error(
         "stage {stage}: the loss is {loss} at step {step}; the last checkpoint is good: lower the learning rate or \
@@ -86,7 +98,10 @@ impl TrainError {
         match self {
             Self::Checkpoint(error) => error.is_input_error(),
             Self::Data(error) => error.is_input_error(),
-            Self::Vocabulary { .. } | Self::OtherArchitecture { .. } | Self::NotGrown { .. } => true,
+            Self::Vocabulary { .. }
+            | Self::OtherArchitecture { .. }
+            | Self::NotGrown { .. }
+            | Self::Replicas { .. } => true,
             Self::Storage(_) | Self::Diverged { .. } => false,
         }
     }
@@ -114,6 +129,10 @@ pub struct StageInputs<'a> {
     pub dataset: &'a Dataset,
     /// Set when the stage shall stop after its current step.
     pub stop: &'a AtomicBool,
+    /// The attempt, where a controller counts them. `None`: one more than the storage has seen.
+    pub attempt: Option<u32>,
+    /// Told of every step and every committed checkpoint.
+    pub board: &'a ProgressBoard,
 }
 
 /// Trains the stage. Checkpoints that others committed are never touched; this attempt writes under a number of its
@@ -147,7 +166,9 @@ struct Start {
 
 struct StageRun<'a> {
     plan: &'a StagePlan,
+    storage: &'a Storage,
     dataset: &'a Dataset,
+    board: &'a ProgressBoard,
     order: TrainingOrder,
     engine: StepEngine,
     state: TrainingState,
@@ -162,10 +183,13 @@ struct StageRun<'a> {
 
 impl<'a> StageRun<'a> {
     fn start(inputs: &StageInputs<'a>, reporter: &Reporter) -> Result<Self> {
-        let StageInputs { plan, storage, dataset, .. } = *inputs;
+        let StageInputs { plan, storage, dataset, board, .. } = *inputs;
         check_vocabulary(plan, dataset)?;
         let training = &plan.training;
-        let attempt = checkpoint::next_attempt(storage, &plan.job, &plan.stage)?;
+        let attempt = match inputs.attempt {
+            Some(attempt) => attempt,
+            None => checkpoint::next_attempt(storage, &plan.job, &plan.stage)?,
+        };
         let Start { state, history, resumed } = start_state(inputs, reporter)?;
         let engine = StepEngine::new(
             plan.model.clone(),
@@ -182,13 +206,26 @@ impl<'a> StageRun<'a> {
         let retention = Retention { keep_last: plan.checkpoint.keep_last, ..Retention::default() };
         let last_good = resumed.as_ref().map(|manifest| checkpoint::checkpoint_folder(storage, manifest));
         let last_good = last_good.map(|folder| folder.uri().to_owned());
+        board.begin(Progress {
+            stage: plan.stage.clone(),
+            attempt: i32::try_from(attempt).unwrap_or(i32::MAX),
+            step: state.step,
+            tokens: state.tokens,
+            total_tokens: plan.tokens,
+            tokens_per_second: 0.0,
+            loss: None,
+            checkpoint: resumed.as_ref().map(|manifest| status_of(storage, manifest)),
+            updated_at: jiff::Timestamp::now(),
+        });
         let checkpointer = AsyncCheckpointer::start(writer(plan, location, dataset), retention, last_good)?;
         let validation =
             dataset.validation_tokens(training.sequence_length as usize, plan.evaluation.tokens)?;
         let tokens = engine.global_batch_tokens();
         Ok(Self {
             plan,
+            storage,
             dataset,
+            board,
             order: training_order(plan, dataset)?,
             engine,
             state,
@@ -226,7 +263,9 @@ impl<'a> StageRun<'a> {
             learning_rate,
             gradient_norm: report.gradient_norm,
         });
-        self.history.training_seconds += begin.elapsed().as_secs_f64();
+        let (step, tokens, elapsed) = (self.state.step, self.state.tokens, begin.elapsed());
+        self.history.training_seconds += elapsed.as_secs_f64();
+        self.board.step(step, tokens, report.loss, training.global_batch_tokens, elapsed);
         reporter.advance(self.state.tokens, self.plan.tokens, self.progress_detail(report.loss));
         Ok(())
     }
@@ -258,7 +297,7 @@ impl<'a> StageRun<'a> {
 
     fn checkpoint_if_due(&mut self, reporter: &Reporter) -> Result<()> {
         if let Some(outcome) = self.checkpointer.poll() {
-            note_outcome(outcome, reporter)?;
+            self.note_outcome(outcome, reporter)?;
         }
         let plan = &self.plan.checkpoint;
         let by_tokens = plan.every_tokens.is_some_and(|interval| self.crosses(interval));
@@ -269,9 +308,16 @@ impl<'a> StageRun<'a> {
             return Ok(());
         }
         if let Some(outcome) = self.submit()? {
-            note_outcome(outcome, reporter)?;
+            self.note_outcome(outcome, reporter)?;
         }
         Ok(())
+    }
+
+    fn note_outcome(&self, outcome: checkpoint::Outcome, reporter: &Reporter) -> Result<()> {
+        if let Ok(Committed { manifest, .. }) = &outcome {
+            self.board.committed(status_of(self.storage, manifest));
+        }
+        note_outcome(outcome, reporter)
     }
 
     fn submit(&mut self) -> Result<Option<checkpoint::Outcome>> {
@@ -300,6 +346,11 @@ impl<'a> StageRun<'a> {
             .into()),
         }
     }
+}
+
+/// A checkpoint as the operator's status shows it.
+pub fn status_of(storage: &Storage, manifest: &CheckpointManifest) -> CheckpointStatus {
+    checkpoint_status(manifest, checkpoint::checkpoint_folder(storage, manifest).uri())
 }
 
 /// The order in which the stage's job reads its training data.

@@ -1,0 +1,219 @@
+//! The status as it will be, and the side effects that follow it. Every change of the status goes through here, so that
+//! conditions keep their rules: never removed, a transition time only when the status changes, terminal ones final.
+
+use growth_crds::conditions::{ConditionType, Reason};
+use growth_crds::status::{AttemptStatus, Phase, StageState, StageStatus};
+use growth_crds::{GrowthTrainingJob, GrowthTrainingJobStatus};
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
+use std::time::Duration;
+
+use crate::names::{Work, attempt_name, trainer_selector};
+
+/// What is to be done: the status first, then the writes in order, then the events.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// The status to store, when it differs from the one that was read.
+    pub status: GrowthTrainingJobStatus,
+    /// Side effects. Any prefix of them may be all that happens; each may be repeated.
+    pub writes: Vec<Write>,
+    /// For people.
+    pub events: Vec<Event>,
+    /// When to look again although nothing was seen to change.
+    pub requeue: Option<Duration>,
+}
+
+/// A side effect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Write {
+    /// Create Job, ConfigMap and Service of an attempt.
+    Start {
+        /// At what.
+        work: Work,
+        /// Which.
+        attempt: i32,
+        /// Pods.
+        replicas: i32,
+    },
+    /// Delete the Job of an attempt with its pods, which get SIGTERM and their grace period.
+    Stop {
+        /// Its name.
+        job_name: String,
+    },
+    /// Delete the GrowthTrainingJob itself: its time to live is over.
+    DeleteSelf,
+}
+
+/// Something that people should see in `kubectl describe`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// Whether something went wrong.
+    pub is_warning: bool,
+    /// One word.
+    pub reason: &'static str,
+    /// One sentence.
+    pub note: String,
+    /// Name of the Job that it is about, if any.
+    pub about: Option<String>,
+}
+
+/// A [`Plan`] in the making.
+pub struct Draft<'a> {
+    /// The job as it was read.
+    pub job: &'a GrowthTrainingJob,
+    /// The time.
+    pub now: Timestamp,
+    /// The status as it will be.
+    pub status: GrowthTrainingJobStatus,
+    /// See [`Plan::writes`].
+    pub writes: Vec<Write>,
+    events: Vec<Event>,
+    requeue_seconds: Option<i64>,
+}
+
+impl<'a> Draft<'a> {
+    /// Nothing to do so far.
+    pub fn new(job: &'a GrowthTrainingJob, now: Timestamp) -> Self {
+        let status = job.status.clone().unwrap_or_default();
+        Self { job, now, status, writes: Vec::new(), events: Vec::new(), requeue_seconds: None }
+    }
+
+    /// The finished plan.
+    pub fn finish(mut self) -> Plan {
+        self.status.observed_generation = self.job.metadata.generation;
+        self.status.selector = Some(trainer_selector(self.job));
+        let requeue = self.requeue_seconds.map(|seconds| Duration::from_secs(seconds.max(1).unsigned_abs()));
+        Plan { status: self.status, writes: self.writes, events: self.events, requeue }
+    }
+
+    /// Looks again after at most `seconds`.
+    pub fn requeue_after(&mut self, seconds: i64) {
+        self.requeue_seconds = Some(self.requeue_seconds.map_or(seconds, |before| before.min(seconds)));
+    }
+
+    /// Tells people.
+    pub fn event(&mut self, is_warning: bool, reason: &'static str, note: String, about: Option<String>) {
+        self.events.push(Event { is_warning, reason, note, about });
+    }
+
+    /// Whether a condition holds.
+    pub fn is_true(&self, kind: ConditionType) -> bool {
+        self.condition(kind).is_some_and(|condition| condition.status == "True")
+    }
+
+    /// A condition, if it was ever set.
+    pub fn condition(&self, kind: ConditionType) -> Option<&Condition> {
+        self.status.conditions.iter().find(|condition| condition.type_ == kind.as_str())
+    }
+
+    /// Sets a condition to True when the reason is one of its true ones, else to False, or to Unknown where nothing was
+    /// heard.
+    pub fn set(&mut self, kind: ConditionType, reason: Reason, message: impl Into<String>) {
+        let status = match reason {
+            Reason::NotReported => "Unknown",
+            _ if kind.true_reasons().contains(&reason) => "True",
+            _ => "False",
+        };
+        let before = self.condition(kind).filter(|before| before.status == status);
+        let since = before.map_or(Time(self.now), |before| before.last_transition_time.clone());
+        let condition = Condition {
+            type_: kind.as_str().to_owned(),
+            status: status.to_owned(),
+            reason: reason.as_str().to_owned(),
+            message: message.into(),
+            last_transition_time: since,
+            observed_generation: self.job.metadata.generation,
+        };
+        match self.status.conditions.iter_mut().find(|known| known.type_ == condition.type_) {
+            // Only the generation differs: not worth a write.
+            Some(known) if same(known, &condition) => {}
+            Some(known) => *known = condition,
+            None => self.status.conditions.push(condition),
+        }
+    }
+
+    /// Sets the summary.
+    pub fn phase(&mut self, phase: Phase) {
+        self.status.phase = Some(phase);
+    }
+
+    /// What is known of the attempts at a piece of work.
+    pub fn attempt(&self, work: Work) -> Option<&AttemptStatus> {
+        match work {
+            Work::Data => self.status.data.as_ref(),
+            Work::Transform(index) => self.status.stages.get(index)?.transform.as_ref(),
+            Work::Train(index) => self.status.stages.get(index)?.attempt.as_ref(),
+        }
+    }
+
+    /// Where the attempt at a piece of work is recorded.
+    pub fn attempt_mut(&mut self, work: Work) -> &mut Option<AttemptStatus> {
+        match work {
+            Work::Data => &mut self.status.data,
+            Work::Transform(index) => &mut self.stage_mut(index).transform,
+            Work::Train(index) => &mut self.stage_mut(index).attempt,
+        }
+    }
+
+    /// The record of a stage, begun if it was not.
+    pub fn stage_mut(&mut self, index: usize) -> &mut StageStatus {
+        while self.status.stages.len() <= index {
+            let name = self.job.spec.stages[self.status.stages.len()].name.clone();
+            self.status.stages.push(StageStatus { name, ..StageStatus::default() });
+        }
+        &mut self.status.stages[index]
+    }
+
+    /// Records a new attempt. Its Job is started once that is stored.
+    pub fn begin(&mut self, work: Work, number: i32, not_before: Option<Timestamp>) {
+        let job_name = attempt_name(self.job, work, number);
+        let not_before = not_before.map(Time);
+        *self.attempt_mut(work) =
+            Some(AttemptStatus { number, job_name, not_before, ..AttemptStatus::default() });
+        self.status.execution_attempts = Some(self.status.execution_attempts.unwrap_or(0) + 1);
+        self.status.start_time.get_or_insert(Time(self.now));
+        self.status.ready_replicas = Some(0);
+        let Some(index) = work.stage() else { return };
+        let now = Time(self.now);
+        let stage = self.stage_mut(index);
+        stage.start_time.get_or_insert(now);
+        stage.state = match work {
+            Work::Transform(_) => StageState::Transforming,
+            _ => StageState::Training,
+        };
+        self.status.current_stage = Some(self.job.spec.stages[index].name.clone());
+    }
+
+    /// Ends the job without success, for good.
+    pub fn fail(&mut self, reason: Reason, message: String) {
+        self.set(ConditionType::Failed, reason, message.clone());
+        self.set(ConditionType::Running, Reason::Finished, "the job has failed");
+        self.phase(Phase::Failed);
+        self.status.completion_time.get_or_insert(Time(self.now));
+        self.status.ready_replicas = Some(0);
+        if let Some(stage) =
+            self.status.stages.iter_mut().rev().find(|stage| stage.state != StageState::Complete)
+        {
+            stage.state = StageState::Failed;
+        }
+        self.event(true, "Failed", format!("{reason}: {message}"), None);
+    }
+
+    /// Ends the job with success, for good.
+    pub fn complete(&mut self) {
+        let message = "all stages are complete";
+        self.set(ConditionType::Complete, Reason::AllStagesCompleted, message);
+        self.set(ConditionType::Running, Reason::Finished, message);
+        self.phase(Phase::Complete);
+        self.status.completion_time.get_or_insert(Time(self.now));
+        self.status.ready_replicas = Some(0);
+        if let Some(progress) = &mut self.status.progress {
+            (progress.percent, progress.eta_seconds) = (Some(100), Some(0));
+        }
+        self.event(false, "Complete", message.to_owned(), None);
+    }
+}
+
+fn same(one: &Condition, other: &Condition) -> bool {
+    (&one.status, &one.reason, &one.message) == (&other.status, &other.reason, &other.message)
+}

@@ -1,0 +1,111 @@
+//! What was seen of a job's children, and what can be read from it.
+
+use crate::children::{TRAINER_CONTAINER, attempt_of};
+use crate::names::{LABEL_STAGE, LABEL_WORK, Work};
+use growth_crds::GrowthTrainingJob;
+use growth_crds::protocol::{Outcome, Progress};
+use jiff::Timestamp;
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+use kube::ResourceExt;
+
+/// A pod whose deletion is overdue by this much will not be confirmed dead: its node is out of reach. The checkpoint
+/// fence makes going on without it safe.
+const OVERDUE_SECONDS: i64 = 10;
+
+/// Children of one job that carry its uid as owner, and what rank 0 says.
+#[derive(Debug, Clone, Default)]
+pub struct Observed {
+    /// Jobs of all attempts.
+    pub jobs: Vec<Job>,
+    /// Pods of all attempts.
+    pub pods: Vec<Pod>,
+    /// Answer of rank 0 of the running attempt, if it was asked and answered.
+    pub progress: Option<Progress>,
+}
+
+impl Observed {
+    /// The Job of this name.
+    pub fn job(&self, name: &str) -> Option<&Job> {
+        self.jobs.iter().find(|job| job.name_any() == name)
+    }
+
+    /// Pods of an attempt.
+    pub fn pods_of<'a>(&'a self, job: &'a GrowthTrainingJob, work: Work, attempt: i32) -> Vec<&'a Pod> {
+        let stage =
+            work.stage().and_then(|index| job.spec.stages.get(index)).map(|stage| stage.name.as_str());
+        let belongs = |pod: &&Pod| {
+            attempt_of(*pod) == Some(attempt)
+                && pod.labels().get(LABEL_WORK).is_some_and(|label| label == work.label())
+                && pod.labels().get(LABEL_STAGE).map(String::as_str) == stage
+        };
+        self.pods.iter().filter(belongs).collect()
+    }
+
+    /// Whether any pod of the job still runs, and can be expected to end.
+    pub fn has_live_pods(&self, now: Timestamp) -> bool {
+        self.pods.iter().any(|pod| is_live(pod, now))
+    }
+}
+
+/// Neither ended nor beyond reach.
+pub fn is_live(pod: &Pod, now: Timestamp) -> bool {
+    !has_ended(pod) && !is_out_of_reach(pod, now)
+}
+
+fn has_ended(pod: &Pod) -> bool {
+    matches!(phase(pod), "Succeeded" | "Failed")
+}
+
+/// Its deletion is overdue. `deletionTimestamp` is when the grace period ends.
+pub fn is_out_of_reach(pod: &Pod, now: Timestamp) -> bool {
+    pod.metadata
+        .deletion_timestamp
+        .as_ref()
+        .is_some_and(|deadline| now.as_second() - deadline.0.as_second() > OVERDUE_SECONDS)
+}
+
+/// `Pending`, `Running`, ...
+pub fn phase(pod: &Pod) -> &str {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
+}
+
+/// Status and message of a pod's condition.
+pub fn condition<'a>(pod: &'a Pod, kind: &str) -> Option<(&'a str, &'a str, &'a str)> {
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    let found = conditions.iter().find(|condition| condition.type_ == kind)?;
+    let text = |value: &'a Option<String>| value.as_deref().unwrap_or_default();
+    Some((&found.status, text(&found.reason), text(&found.message)))
+}
+
+/// Whether a condition of the pod is true.
+pub fn is_true(pod: &Pod, kind: &str) -> bool {
+    condition(pod, kind).is_some_and(|(status, _, _)| status == "True")
+}
+
+/// Whether a condition of the Job is true.
+pub fn job_is(job: &Job, kind: &str) -> bool {
+    let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());
+    conditions.is_some_and(|all| all.iter().any(|one| one.type_ == kind && one.status == "True"))
+}
+
+/// The status of the container that trains.
+pub fn trainer_status(pod: &Pod) -> Option<&ContainerStatus> {
+    let statuses = pod.status.as_ref()?.container_statuses.as_ref()?;
+    statuses.iter().find(|status| status.name == TRAINER_CONTAINER)
+}
+
+/// Exit code, reason and termination message of the container that trains, once it has ended.
+pub fn termination(pod: &Pod) -> Option<(i32, &str, &str)> {
+    let ended = trainer_status(pod)?.state.as_ref()?.terminated.as_ref()?;
+    Some((
+        ended.exit_code,
+        ended.reason.as_deref().unwrap_or_default(),
+        ended.message.as_deref().unwrap_or_default(),
+    ))
+}
+
+/// The last word of the attempt: that of any of its pods, for all ranks say the same.
+pub fn outcome(pods: &[&Pod]) -> Option<Outcome> {
+    pods.iter().find_map(|pod| Outcome::parse(termination(pod)?.2))
+}
