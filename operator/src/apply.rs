@@ -169,8 +169,14 @@ impl Writer {
         };
         let mut draft = crate::draft::Draft::new(&stored, jiff::Timestamp::now());
         draft.set(ConditionType::Accepted, Reason::InvalidTemplate, refusal.to_string());
-        draft.event(true, "Refused", refusal.to_string(), None);
-        self.apply(&stored, &draft.finish()).await
+        let plan = draft.finish();
+        if stored.status.as_ref() == Some(&plan.status) {
+            return Ok(());
+        }
+        self.store_status(&stored, &plan).await?;
+        let note = refusal.to_string();
+        self.publish(&stored, &Event { is_warning: true, reason: "Refused", note, about: None }).await;
+        Ok(())
     }
 
     /// An event that is lost costs a line in `describe`, no more.

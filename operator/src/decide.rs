@@ -45,7 +45,9 @@ pub fn decide(job: &GrowthTrainingJob, observed: &Observed, now: Timestamp) -> P
             return draft.finish();
         }
     };
-    draft.set(ConditionType::Accepted, Reason::Valid, "the job can be carried out");
+    if !is_refused(&draft) {
+        accept(&mut draft);
+    }
     if active_deadline_is_over(&mut draft) {
         clean_up(&mut draft, observed);
         return draft.finish();
@@ -55,6 +57,19 @@ pub fn decide(job: &GrowthTrainingJob, observed: &Observed, now: Timestamp) -> P
         Some(work) => advance(&mut draft, observed, &plan, work),
     }
     draft.finish()
+}
+
+/// The API server did not take what this generation of the job describes. It is tried again, and until it is taken the
+/// condition stays as it is.
+fn is_refused(draft: &Draft<'_>) -> bool {
+    draft.condition(ConditionType::Accepted).is_some_and(|condition| {
+        condition.reason == Reason::InvalidTemplate.as_str()
+            && condition.observed_generation == draft.job.metadata.generation
+    })
+}
+
+fn accept(draft: &mut Draft<'_>) {
+    draft.set(ConditionType::Accepted, Reason::Valid, "the job can be carried out");
 }
 
 fn is_managed_elsewhere(job: &GrowthTrainingJob) -> bool {
@@ -230,6 +245,7 @@ fn stop(draft: &mut Draft<'_>, observed: &Observed, which: impl Fn(&str) -> bool
 
 /// The Job of the attempt is there: what does it say?
 fn follow(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work, job: &Job) {
+    accept(draft);
     let now = Time(draft.now);
     if let Some(attempt) = draft.attempt_mut(work) {
         attempt.job_uid = job.uid();

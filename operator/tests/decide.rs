@@ -426,6 +426,28 @@ fn an_image_that_cannot_be_pulled_is_named() {
     assert!(message.contains("x:1"), "{message}");
 }
 
+/// What the API server refuses is tried again and again; the status must not swing between two opinions.
+#[test]
+fn a_refusal_stays_until_the_job_is_taken_or_changed() {
+    let mut world = World::new(&[]);
+    world.step();
+    let refuse = |world: &mut World| {
+        let status = world.job.status.as_mut().unwrap();
+        let accepted = status.conditions.iter_mut().find(|condition| condition.type_ == "Accepted").unwrap();
+        (accepted.status, accepted.reason) = ("False".into(), "InvalidTemplate".into());
+    };
+    refuse(&mut world);
+    assert_eq!(starts(&world.after(5)), [(Work::Data, 1)]);
+    assert_eq!(world.condition("Accepted").1, "InvalidTemplate");
+    world.job.metadata.generation = Some(2);
+    world.step();
+    assert_eq!(world.condition("Accepted").1, "Valid");
+    refuse(&mut world);
+    world.see_job("tiny-data--t1", &[]);
+    world.step();
+    assert_eq!(world.condition("Accepted").1, "Valid");
+}
+
 #[test]
 fn foreign_and_impossible_jobs_are_left_alone() {
     let mut world = World::new(&[("/spec/managedBy", json!("example.com/other"))]);
