@@ -548,7 +548,9 @@ pub(crate) fn lock(path: &Path) -> Result<File> {
     if let Some(folder) = path.parent() {
         fs::create_dir_all(folder)?;
     }
-    let file = File::options().create(true).write(true).truncate(false).open(path);
+    // Reading is enough for a lock, and another user's file allows no more.
+    let create = |_| File::options().create(true).append(true).open(path);
+    let file = File::open(path).or_else(create);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     file.lock().with_context(|| format!("cannot lock {}", path.display()))?;
     Ok(file)
