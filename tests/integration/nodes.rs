@@ -94,7 +94,7 @@ fn pause(name: &str, spec: Value) -> Value {
             "securityContext": {"runAsNonRoot": true, "seccompProfile": {"type": "RuntimeDefault"}},
             "containers": [{
                 "name": "pause",
-                "image": "docker.io/local/pause:test",
+                "image": "localhost/pause:test",
                 "imagePullPolicy": "Never",
                 "securityContext": {"allowPrivilegeEscalation": false, "capabilities": {"drop": ["ALL"]}},
             }],

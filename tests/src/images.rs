@@ -31,7 +31,7 @@ pub const PROGRAMS: [&str; 2] = ["growth-operator", "growth-trainer"];
 
 /// What a pod's `image` says in the tests.
 pub fn image_name(program: &str) -> String {
-    format!("docker.io/local/{program}:test")
+    format!("localhost/{program}:test")
 }
 
 /// Builds the image of one of [`PROGRAMS`] into `folder`: the static release binary, the CA bundle, the licence and the

@@ -46,7 +46,7 @@ impl Environment {
                     s3: cluster.s3(),
                     kubeconfig: cluster.kubeconfig(),
                     cluster: Some(cluster),
-                    image_prefix: "docker.io/local".to_string(),
+                    image_prefix: "localhost".to_string(),
                 })
             }
         }
