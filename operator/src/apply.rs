@@ -8,7 +8,7 @@ use growth_crds::conditions::{ConditionType, Reason};
 use growth_crds::{GrowthTrainingJob, resolve};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Service};
-use kube::api::{DeleteParams, PostParams, Preconditions, PropagationPolicy};
+use kube::api::{DeleteParams, PostParams, Preconditions};
 use kube::runtime::events::{Event as KubeEvent, EventType, Recorder};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
@@ -133,11 +133,7 @@ impl Writer {
     }
 
     async fn stop(&self, job: &GrowthTrainingJob, name: &str) -> Result<(), ApplyError> {
-        let parameters = DeleteParams {
-            propagation_policy: Some(PropagationPolicy::Background),
-            ..DeleteParams::default()
-        };
-        match self.api::<Job>(job).delete(name, &parameters).await {
+        match self.api::<Job>(job).delete(name, &DeleteParams::background()).await {
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
             Err(error) => Err(error.into()),
@@ -171,6 +167,7 @@ impl Writer {
         draft.set(ConditionType::Accepted, Reason::InvalidTemplate, refusal.to_string());
         let plan = draft.finish();
         if stored.status.as_ref() == Some(&plan.status) {
+            // It was told already.
             return Ok(());
         }
         self.store_status(&stored, &plan).await?;

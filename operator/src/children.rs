@@ -1,7 +1,7 @@
 //! The objects of one attempt: an Indexed Job, a ConfigMap with its plan and, for training, a headless Service with the
 //! addresses of the ranks. Pure: the same input gives the same objects.
 
-use crate::names::{LABEL_ATTEMPT, MANAGER, Work, attempt_name, labels};
+use crate::names::{LABEL_ATTEMPT, Work, attempt_name, labels};
 use growth_crds::plan::JobPlan;
 use growth_crds::protocol::contract;
 use growth_crds::spec::stage::StageTemplate;
@@ -51,6 +51,17 @@ pub struct Children {
     pub service: Option<Service>,
 }
 
+/// What the pods of an attempt depend on.
+#[derive(Clone, Copy)]
+struct Attempt<'a> {
+    job: &'a GrowthTrainingJob,
+    work: Work,
+    number: i32,
+    replicas: i32,
+    name: &'a str,
+    defaults: &'a PodDefaults,
+}
+
 /// The objects of attempt number `attempt` at `work`, with `replicas` pods.
 ///
 /// # Errors
@@ -64,6 +75,7 @@ pub fn children(
     defaults: &PodDefaults,
 ) -> Result<Children, serde_json::Error> {
     let name = attempt_name(job, work, attempt);
+    let of = Attempt { job, work, number: attempt, replicas, name: &name, defaults };
     let metadata = ObjectMeta {
         name: Some(name.clone()),
         namespace: job.namespace(),
@@ -72,11 +84,7 @@ pub fn children(
         ..ObjectMeta::default()
     };
     Ok(Children {
-        job: Job {
-            metadata: with_queue(metadata.clone(), job),
-            spec: Some(job_spec(job, work, attempt, replicas, &name, defaults)),
-            status: None,
-        },
+        job: Job { metadata: with_queue(metadata.clone(), job), spec: Some(job_spec(&of)), status: None },
         config: ConfigMap {
             metadata: metadata.clone(),
             immutable: Some(true),
@@ -133,14 +141,8 @@ fn service(job: &GrowthTrainingJob, work: Work, attempt: i32, metadata: ObjectMe
     }
 }
 
-fn job_spec(
-    job: &GrowthTrainingJob,
-    work: Work,
-    attempt: i32,
-    replicas: i32,
-    name: &str,
-    defaults: &PodDefaults,
-) -> JobSpec {
+fn job_spec(of: &Attempt<'_>) -> JobSpec {
+    let Attempt { replicas, .. } = *of;
     let disruption = PodFailurePolicyRule {
         action: "FailJob".to_owned(),
         on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
@@ -157,22 +159,16 @@ fn job_spec(
         backoff_limit: Some(0),
         pod_failure_policy: Some(PodFailurePolicy { rules: vec![disruption] }),
         pod_replacement_policy: Some("Failed".to_owned()),
-        template: pod_template(job, work, attempt, replicas, name, defaults),
+        template: pod_template(of),
         ..JobSpec::default()
     }
 }
 
-fn pod_template(
-    job: &GrowthTrainingJob,
-    work: Work,
-    attempt: i32,
-    replicas: i32,
-    name: &str,
-    defaults: &PodDefaults,
-) -> PodTemplateSpec {
+fn pod_template(of: &Attempt<'_>) -> PodTemplateSpec {
+    let Attempt { job, work, number, name, .. } = *of;
     let mut template = job.spec.template.clone().unwrap_or_default();
     let metadata = template.metadata.get_or_insert_default();
-    metadata.labels.get_or_insert_default().extend(labels(job, work, attempt));
+    metadata.labels.get_or_insert_default().extend(labels(job, work, number));
     if matches!(work, Work::Train(_)) {
         let annotations = metadata.annotations.get_or_insert_default();
         annotations.insert("karpenter.sh/do-not-disrupt".to_owned(), "true".to_owned());
@@ -180,8 +176,8 @@ fn pod_template(
     }
     let spec = template.spec.get_or_insert_default();
     match work {
-        Work::Train(index) => {
-            let stage = job.spec.stages.get(index).and_then(|stage| stage.template.as_ref());
+        Work::Train(_) => {
+            let stage = work.stage_of(job).and_then(|stage| stage.template.as_ref());
             place_on_stage_pool(spec, stage);
         }
         // They need no GPU, so they must not occupy a node that has some.
@@ -208,7 +204,7 @@ fn pod_template(
             ..Volume::default()
         },
     ]);
-    complete_container(trainer_container(spec), job, work, attempt, replicas, name, defaults);
+    complete_container(trainer_container(spec), of);
     template
 }
 
@@ -261,15 +257,8 @@ fn trainer_container(spec: &mut PodSpec) -> &mut Container {
     &mut spec.containers[index]
 }
 
-fn complete_container(
-    container: &mut Container,
-    job: &GrowthTrainingJob,
-    work: Work,
-    attempt: i32,
-    replicas: i32,
-    name: &str,
-    defaults: &PodDefaults,
-) {
+fn complete_container(container: &mut Container, of: &Attempt<'_>) {
+    let Attempt { job, work, number, replicas, name, defaults } = *of;
     container.image.get_or_insert_with(|| defaults.image.clone());
     if container.image_pull_policy.is_none() {
         container.image_pull_policy.clone_from(&defaults.image_pull_policy);
@@ -278,7 +267,7 @@ fn complete_container(
         container.args = Some(arguments(work));
     }
     let mut environment = vec![
-        variable(contract::ENV_ATTEMPT, &attempt.to_string()),
+        variable(contract::ENV_ATTEMPT, &number.to_string()),
         variable(contract::ENV_OUTCOME_FILE, TERMINATION_LOG),
     ];
     if matches!(work, Work::Train(_)) {
@@ -351,11 +340,6 @@ fn variable(name: &str, value: &str) -> EnvVar {
 /// The attempt that a child belongs to, by its label.
 pub fn attempt_of<K: Resource>(child: &K) -> Option<i32> {
     child.labels().get(LABEL_ATTEMPT)?.parse().ok()
-}
-
-/// Whether this operator made the object.
-pub fn is_managed<K: Resource>(child: &K) -> bool {
-    child.labels().get("app.kubernetes.io/managed-by").is_some_and(|manager| manager == MANAGER)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Watches jobs and their children, and runs observe -> decide -> apply for each job that something happened to.
 
 use crate::apply::{ApplyError, Writer};
-use crate::decide::{attempt_to_ask, decide};
+use crate::decide::{decide, job_to_ask};
 use crate::names::{LABEL_JOB, MANAGER};
 use crate::observed::Observed;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future, stream};
@@ -169,28 +169,22 @@ async fn observe(job: &GrowthTrainingJob, context: &Context) -> Observed {
     let of_this = |name: Option<&String>, namespace: Option<String>| {
         name == Some(&job.name_any()) && namespace == job.namespace()
     };
-    let jobs: Vec<Job> = context
+    // Pods of a Job that is gone still count as alive; those of a Job that is not this object's do not.
+    let (jobs, foreign): (Vec<_>, Vec<_>) = context
         .jobs
         .state()
         .into_iter()
         .filter(|child| of_this(child.labels().get(LABEL_JOB), child.namespace()))
-        .filter(|child| child.owner_references().iter().any(|owner| owner.uid == uid))
-        .map(|child| (*child).clone())
-        .collect();
-    let is_owned = |pod: &Pod| {
-        pod.owner_references()
-            .iter()
-            .any(|owner| jobs.iter().any(|job| job.uid().as_ref() == Some(&owner.uid)))
-    };
+        .partition(|child| child.owner_references().iter().any(|owner| owner.uid == uid));
     let pods: Vec<Pod> = context
         .pods
         .state()
         .into_iter()
         .filter(|child| of_this(child.labels().get(LABEL_JOB), child.namespace()))
-        // Pods of a Job that is gone still count as alive.
-        .filter(|pod| is_owned(pod) || !context.jobs.state().iter().any(|job| owns(job, pod)))
-        .map(|child| (*child).clone())
+        .filter(|pod| !foreign.iter().any(|job| owns(job, pod)))
+        .map(Arc::unwrap_or_clone)
         .collect();
+    let jobs = jobs.into_iter().map(Arc::unwrap_or_clone).collect();
     let progress = ask_for_progress(job, &pods, context).await;
     Observed { jobs, pods, progress }
 }
@@ -200,10 +194,10 @@ fn owns(job: &Job, pod: &Pod) -> bool {
 }
 
 async fn ask_for_progress(job: &GrowthTrainingJob, pods: &[Pod], context: &Context) -> Option<Progress> {
-    let (_, _, attempt) = attempt_to_ask(job)?;
+    let name = job_to_ask(job)?;
     let leader = pods.iter().find(|pod| {
         let labels = pod.labels();
-        labels.get("batch.kubernetes.io/job-name") == Some(&attempt)
+        labels.get("batch.kubernetes.io/job-name").is_some_and(|label| label == name)
             && labels.get("batch.kubernetes.io/job-completion-index").is_some_and(|index| index == "0")
     })?;
     let address = leader.status.as_ref()?.pod_ip.as_ref()?;

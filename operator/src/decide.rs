@@ -7,7 +7,7 @@
 
 use crate::draft::{Draft, Plan, Write};
 use crate::failure::{Failure, Verdict, back_off_seconds, judge};
-use crate::names::{Work, attempt_name};
+use crate::names::Work;
 use crate::observed::{Observed, condition, is_out_of_reach, is_true, job_is, outcome, trainer_status};
 use growth_crds::conditions::{ConditionType, Reason};
 use growth_crds::plan::JobPlan;
@@ -493,7 +493,7 @@ fn tell_starting(draft: &mut Draft<'_>, pods: &[&Pod]) {
             .then(|| (reason.to_owned(), format!("pod {}: {reason}: {message}", pod.name_any())))
     });
     match waiting {
-        Some((reason, message)) if reason.contains("Image") || reason.contains("ImagePull") => {
+        Some((reason, message)) if reason.contains("Image") => {
             draft.set(ConditionType::Running, Reason::ImagePullFailed, message);
         }
         Some((_, message)) => draft.set(ConditionType::Running, Reason::PodsStarting, message),
@@ -592,13 +592,12 @@ fn eta_seconds(plan: &JobPlan, index: usize, tokens: u64, tokens_per_second: f64
     (speed > 0.0).then(|| left / speed)
 }
 
-/// The attempt whose rank 0 should be asked for progress, by its Job's name.
-pub fn attempt_to_ask(job: &GrowthTrainingJob) -> Option<(Work, i32, String)> {
+/// The Job whose rank 0 should be asked for progress.
+pub fn job_to_ask(job: &GrowthTrainingJob) -> Option<&str> {
     let status = job.status.as_ref()?;
     if status.phase != Some(Phase::Training) {
         return None;
     }
-    let stage = status.stages.iter().position(|stage| stage.state == StageState::Training)?;
-    let attempt = status.stages[stage].attempt.as_ref()?;
-    Some((Work::Train(stage), attempt.number, attempt_name(job, Work::Train(stage), attempt.number)))
+    let stage = status.stages.iter().find(|stage| stage.state == StageState::Training)?;
+    Some(&stage.attempt.as_ref()?.job_name)
 }

@@ -184,13 +184,17 @@ impl<'a> Draft<'a> {
         self.status.current_stage = Some(self.job.spec.stages[index].name.clone());
     }
 
+    fn end(&mut self, phase: Phase, message: &str) {
+        self.set(ConditionType::Running, Reason::Finished, message);
+        self.phase(phase);
+        self.status.completion_time.get_or_insert(Time(self.now));
+        self.status.ready_replicas = Some(0);
+    }
+
     /// Ends the job without success, for good.
     pub fn fail(&mut self, reason: Reason, message: String) {
         self.set(ConditionType::Failed, reason, message.clone());
-        self.set(ConditionType::Running, Reason::Finished, "the job has failed");
-        self.phase(Phase::Failed);
-        self.status.completion_time.get_or_insert(Time(self.now));
-        self.status.ready_replicas = Some(0);
+        self.end(Phase::Failed, "the job has failed");
         if let Some(stage) =
             self.status.stages.iter_mut().rev().find(|stage| stage.state != StageState::Complete)
         {
@@ -203,10 +207,7 @@ impl<'a> Draft<'a> {
     pub fn complete(&mut self) {
         let message = "all stages are complete";
         self.set(ConditionType::Complete, Reason::AllStagesCompleted, message);
-        self.set(ConditionType::Running, Reason::Finished, message);
-        self.phase(Phase::Complete);
-        self.status.completion_time.get_or_insert(Time(self.now));
-        self.status.ready_replicas = Some(0);
+        self.end(Phase::Complete, message);
         if let Some(progress) = &mut self.status.progress {
             (progress.percent, progress.eta_seconds) = (Some(100), Some(0));
         }

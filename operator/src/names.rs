@@ -2,6 +2,7 @@
 //! create is the same create when it is repeated.
 
 use growth_crds::GrowthTrainingJob;
+use growth_crds::spec::stage::StageSpec;
 use kube::ResourceExt;
 use std::collections::BTreeMap;
 
@@ -37,6 +38,11 @@ impl Work {
         }
     }
 
+    /// Its stage in the job's spec.
+    pub fn stage_of(self, job: &GrowthTrainingJob) -> Option<&StageSpec> {
+        job.spec.stages.get(self.stage()?)
+    }
+
     /// Index of its stage.
     pub fn stage(self) -> Option<usize> {
         match self {
@@ -49,7 +55,7 @@ impl Work {
 /// Name of the Job, Service and ConfigMap of an attempt: at most 57 characters, so that `<name>-<index>` is a host name.
 pub fn attempt_name(job: &GrowthTrainingJob, work: Work, attempt: i32) -> String {
     let name = job.name_any();
-    let stage = work.stage().and_then(|index| job.spec.stages.get(index)).map_or("", |stage| &stage.name);
+    let stage = work.stage_of(job).map_or("", |stage| &stage.name);
     match work {
         // No stage can be called so: a dash follows no letter here.
         Work::Data => format!("{name}-data--t{attempt}"),
@@ -66,7 +72,7 @@ pub fn labels(job: &GrowthTrainingJob, work: Work, attempt: i32) -> BTreeMap<Str
         (LABEL_WORK.to_owned(), work.label().to_owned()),
         (LABEL_ATTEMPT.to_owned(), attempt.to_string()),
     ]);
-    if let Some(stage) = work.stage().and_then(|index| job.spec.stages.get(index)) {
+    if let Some(stage) = work.stage_of(job) {
         labels.insert(LABEL_STAGE.to_owned(), stage.name.clone());
     }
     labels

@@ -32,8 +32,7 @@ impl Observed {
 
     /// Pods of an attempt.
     pub fn pods_of<'a>(&'a self, job: &'a GrowthTrainingJob, work: Work, attempt: i32) -> Vec<&'a Pod> {
-        let stage =
-            work.stage().and_then(|index| job.spec.stages.get(index)).map(|stage| stage.name.as_str());
+        let stage = work.stage_of(job).map(|stage| stage.name.as_str());
         let belongs = |pod: &&Pod| {
             attempt_of(*pod) == Some(attempt)
                 && pod.labels().get(LABEL_WORK).is_some_and(|label| label == work.label())

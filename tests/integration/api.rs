@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::Result;
-use common::rules::{Edit, creation_cases, update_cases};
+use common::rules::{Case, Edit, creation_cases, update_cases};
 use common::{edit, example};
 use growth_tests::testing::{Environment, TestNamespace};
 use growth_tests::workspace;
@@ -51,6 +51,13 @@ fn refusals(namespace: &TestNamespace, jobs: Vec<Value>) -> Vec<String> {
     errors.split("Error from server (Invalid)").skip(1).map(String::from).collect()
 }
 
+fn assert_each_says_its_message(cases: &[Case], refusals: &[String]) {
+    assert_eq!(refusals.len(), cases.len(), "{refusals:#?}");
+    for (case, refusal) in cases.iter().zip(refusals) {
+        assert!(refusal.contains(case.message), "{}: {refusal}", case.message);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn every_rule_accepts_and_refuses_on_the_api_server() -> Result<()> {
     with_crd()
@@ -73,10 +80,7 @@ async fn every_rule_accepts_and_refuses_on_the_api_server() -> Result<()> {
             let refused =
                 cases.iter().enumerate().map(|(number, case)| named(number, &case.refused)).collect();
             let refusals = refusals(namespace, refused);
-            assert_eq!(refusals.len(), cases.len(), "{refusals:#?}");
-            for (case, refusal) in cases.iter().zip(&refusals) {
-                assert!(refusal.contains(case.message), "{}: {refusal}", case.message);
-            }
+            assert_each_says_its_message(&cases, &refusals);
             Ok(())
         })
         .await
@@ -95,10 +99,7 @@ async fn every_rule_on_changes_accepts_and_refuses_on_the_api_server() -> Result
             apply().args(["--dry-run=server"]).input(list(accepted)).run()?;
 
             let refusals = refusals(namespace, cases.iter().map(|case| edited(&case.refused)).collect());
-            assert_eq!(refusals.len(), cases.len(), "{refusals:#?}");
-            for (case, refusal) in cases.iter().zip(&refusals) {
-                assert!(refusal.contains(case.message), "{}: {refusal}", case.message);
-            }
+            assert_each_says_its_message(&cases, &refusals);
             Ok(())
         })
         .await

@@ -287,14 +287,16 @@ impl Cluster {
 
     /// `kubectl` of this cluster's version, pointed at it.
     pub fn kubectl(&self) -> Command {
-        let mut command = Command::new(self.layout.program("kubectl"));
-        command.env("KUBECONFIG", self.layout.kubeconfig());
-        command
+        self.client_program("kubectl")
     }
 
     /// `helm`, pointed at this cluster.
     pub fn helm(&self) -> Command {
-        let mut command = Command::new(self.layout.program("helm"));
+        self.client_program("helm")
+    }
+
+    fn client_program(&self, name: &str) -> Command {
+        let mut command = Command::new(self.layout.program(name));
         command.env("KUBECONFIG", self.layout.kubeconfig());
         command
     }
