@@ -6,6 +6,7 @@ use crate::draft::{Event, Plan, Write};
 use crate::names::{MANAGER, Work};
 use growth_crds::conditions::{ConditionType, Reason};
 use growth_crds::{GrowthTrainingJob, resolve};
+use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Service};
 use kube::api::{DeleteParams, PostParams, Preconditions};
@@ -159,11 +160,12 @@ impl Writer {
         &self,
         job: &GrowthTrainingJob,
         refusal: &ApplyError,
+        now: Timestamp,
     ) -> Result<(), ApplyError> {
         let Some(stored) = self.api::<GrowthTrainingJob>(job).get_opt(&job.name_any()).await? else {
             return Ok(());
         };
-        let mut draft = crate::draft::Draft::new(&stored, jiff::Timestamp::now());
+        let mut draft = crate::draft::Draft::new(&stored, now);
         draft.set(ConditionType::Accepted, Reason::InvalidTemplate, refusal.to_string());
         let plan = draft.finish();
         if stored.status.as_ref() == Some(&plan.status) {

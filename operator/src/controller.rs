@@ -141,11 +141,12 @@ pub fn controller(
 
 async fn reconcile(job: Arc<GrowthTrainingJob>, context: Arc<Context>) -> Result<Action, ApplyError> {
     let observed = observe(&job, &context).await;
-    let plan = decide(&job, &observed, Timestamp::now());
+    let now = Timestamp::now();
+    let plan = decide(&job, &observed, now);
     match context.writer.apply(&job, &plan).await {
         Ok(()) => {}
         Err(refusal @ (ApplyError::Refused { .. } | ApplyError::NameTaken { .. })) => {
-            context.writer.report_refusal(&job, &refusal).await?;
+            context.writer.report_refusal(&job, &refusal, now).await?;
             return Err(refusal);
         }
         Err(error) => return Err(error),
@@ -163,37 +164,14 @@ fn on_error(job: Arc<GrowthTrainingJob>, error: &ApplyError, _: Arc<Context>) ->
     }
 }
 
-/// Children that carry this object's uid; one of the same name that was deleted before has another.
+/// What the stores hold of this job's children, and what its trainer says.
 async fn observe(job: &GrowthTrainingJob, context: &Context) -> Observed {
-    let Some(uid) = job.uid() else { return Observed::default() };
-    let of_this = |name: Option<&String>, namespace: Option<String>| {
-        name == Some(&job.name_any()) && namespace == job.namespace()
-    };
-    // Pods of a Job that is gone still count as alive; those of a Job that is not this object's do not.
-    let (jobs, foreign): (Vec<_>, Vec<_>) = context
-        .jobs
-        .state()
-        .into_iter()
-        .filter(|child| of_this(child.labels().get(LABEL_JOB), child.namespace()))
-        .partition(|child| child.owner_references().iter().any(|owner| owner.uid == uid));
-    let pods: Vec<Pod> = context
-        .pods
-        .state()
-        .into_iter()
-        .filter(|child| of_this(child.labels().get(LABEL_JOB), child.namespace()))
-        .filter(|pod| !foreign.iter().any(|job| owns(job, pod)))
-        .map(Arc::unwrap_or_clone)
-        .collect();
-    let jobs = jobs.into_iter().map(Arc::unwrap_or_clone).collect();
-    let progress = ask_for_progress(job, &pods, context).await;
-    Observed { jobs, pods, progress }
+    let mut observed = Observed::of(job, context.jobs.state(), context.pods.state());
+    observed.progress = ask_for_progress(job, &observed.pods, context).await;
+    observed
 }
 
-fn owns(job: &Job, pod: &Pod) -> bool {
-    pod.owner_references().iter().any(|owner| job.uid().as_ref() == Some(&owner.uid))
-}
-
-async fn ask_for_progress(job: &GrowthTrainingJob, pods: &[Pod], context: &Context) -> Option<Progress> {
+async fn ask_for_progress(job: &GrowthTrainingJob, pods: &[Arc<Pod>], context: &Context) -> Option<Progress> {
     let name = job_to_ask(job)?;
     let leader = pods.iter().find(|pod| {
         let labels = pod.labels();

@@ -234,7 +234,7 @@ fn stop_all(draft: &mut Draft<'_>, observed: &Observed) {
 fn stop(draft: &mut Draft<'_>, observed: &Observed, which: impl Fn(&str) -> bool) {
     let running =
         observed.jobs.iter().filter(|job| !is_finished(job) && job.metadata.deletion_timestamp.is_none());
-    let names: Vec<String> = running.map(ResourceExt::name_any).filter(|name| which(name)).collect();
+    let names: Vec<String> = running.map(|job| job.name_any()).filter(|name| which(name)).collect();
     for job_name in names {
         let stop = Write::Stop { job_name };
         if !draft.writes.contains(&stop) {

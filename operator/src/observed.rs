@@ -1,13 +1,14 @@
 //! What was seen of a job's children, and what can be read from it.
 
 use crate::children::{TRAINER_CONTAINER, attempt_of};
-use crate::names::{LABEL_STAGE, LABEL_WORK, Work};
+use crate::names::{LABEL_JOB, LABEL_STAGE, LABEL_WORK, Work};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::protocol::{Outcome, Progress};
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
-use kube::ResourceExt;
+use kube::{Resource, ResourceExt};
+use std::sync::Arc;
 
 /// A pod whose deletion is overdue by this much will not be confirmed dead: its node is out of reach. The checkpoint
 /// fence makes going on without it safe.
@@ -17,17 +18,35 @@ const OVERDUE_SECONDS: i64 = 10;
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
     /// Jobs of all attempts.
-    pub jobs: Vec<Job>,
+    pub jobs: Vec<Arc<Job>>,
     /// Pods of all attempts.
-    pub pods: Vec<Pod>,
+    pub pods: Vec<Arc<Pod>>,
     /// Answer of rank 0 of the running attempt, if it was asked and answered.
     pub progress: Option<Progress>,
 }
 
 impl Observed {
+    /// Children that carry this object's uid; one of the same name that was deleted before has another. Pods of a Job that
+    /// is gone still count; those of a Job that is not this object's do not.
+    pub fn of(
+        job: &GrowthTrainingJob,
+        jobs: impl IntoIterator<Item = Arc<Job>>,
+        pods: impl IntoIterator<Item = Arc<Pod>>,
+    ) -> Self {
+        let Some(uid) = job.uid() else { return Self::default() };
+        let (jobs, foreign): (Vec<_>, Vec<_>) = jobs
+            .into_iter()
+            .filter(|child| is_labelled(job, child.as_ref()))
+            .partition(|child| child.owner_references().iter().any(|owner| owner.uid == uid));
+        let is_foreign = |pod: &Pod| foreign.iter().any(|job| owns(job, pod));
+        let pods =
+            pods.into_iter().filter(|pod| is_labelled(job, pod.as_ref()) && !is_foreign(pod)).collect();
+        Self { jobs, pods, progress: None }
+    }
+
     /// The Job of this name.
     pub fn job(&self, name: &str) -> Option<&Job> {
-        self.jobs.iter().find(|job| job.name_any() == name)
+        self.jobs.iter().map(AsRef::as_ref).find(|job| job.name_any() == name)
     }
 
     /// Pods of an attempt.
@@ -38,13 +57,21 @@ impl Observed {
                 && pod.labels().get(LABEL_WORK).is_some_and(|label| label == work.label())
                 && pod.labels().get(LABEL_STAGE).map(String::as_str) == stage
         };
-        self.pods.iter().filter(belongs).collect()
+        self.pods.iter().map(AsRef::as_ref).filter(belongs).collect()
     }
 
     /// Whether any pod of the job still runs, and can be expected to end.
     pub fn has_live_pods(&self, now: Timestamp) -> bool {
         self.pods.iter().any(|pod| is_live(pod, now))
     }
+}
+
+fn is_labelled<K: Resource>(job: &GrowthTrainingJob, child: &K) -> bool {
+    child.labels().get(LABEL_JOB) == Some(&job.name_any()) && child.namespace() == job.namespace()
+}
+
+fn owns(job: &Job, pod: &Pod) -> bool {
+    pod.owner_references().iter().any(|owner| job.uid().as_ref() == Some(&owner.uid))
 }
 
 /// Neither ended nor beyond reach.

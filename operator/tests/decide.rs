@@ -60,7 +60,7 @@ impl World {
         }))
         .unwrap();
         self.observed.jobs.retain(|known| known.metadata.name != job.metadata.name);
-        self.observed.jobs.push(job);
+        self.observed.jobs.push(job.into());
     }
 
     fn see_pod(&mut self, work: &str, stage: Option<&str>, attempt: i32, status: Value) -> &mut Pod {
@@ -76,8 +76,8 @@ impl World {
         }))
         .unwrap();
         self.observed.pods.retain(|known| known.metadata.name != pod.metadata.name);
-        self.observed.pods.push(pod);
-        self.observed.pods.last_mut().unwrap()
+        self.observed.pods.push(pod.into());
+        std::sync::Arc::get_mut(self.observed.pods.last_mut().unwrap()).unwrap()
     }
 
     /// A Job that has done its work, and the last word of its pod.
