@@ -43,6 +43,10 @@ pub struct GrowthTrainingJobStatus {
     /// Times that work has been started, resumes and preemptions included.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub execution_attempts: Option<i32>,
+    /// Seconds that the pods of attempts that have ended were at work: what activeDeadlineSeconds is compared with, together
+    /// with the time since readyTime of the attempt that runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub active_seconds: Option<i64>,
     /// When the first pod was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
@@ -174,7 +178,7 @@ pub struct StageStatus {
 pub struct AttemptStatus {
     /// From 1. It fences checkpoints: an attempt must not commit once a higher one has.
     pub number: i32,
-    /// Its Job, Service and ConfigMap.
+    /// Its Job.
     pub job_name: String,
     /// The Job, once it was seen.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -185,7 +189,7 @@ pub struct AttemptStatus {
     /// When its Job was seen.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub start_time: Option<Time>,
-    /// When all its pods were ready: the deadline for starting ends here.
+    /// Since when all its pods have been ready: the deadline for starting ends here. Absent once the attempt has ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_time: Option<Time>,
     /// When its work was done.

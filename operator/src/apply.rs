@@ -1,20 +1,23 @@
 //! Carries a plan out: the status first, then the writes, then the events. Everything may fail, be repeated, or be the
 //! last thing before a crash.
 
-use crate::children::{Children, PodDefaults, children};
+use crate::children::{Attempt, Children, PodDefaults, children};
+use crate::decide::decide;
 use crate::draft::{Event, Plan, Write};
-use crate::names::{MANAGER, Work};
+use crate::names::MANAGER;
+use crate::observed::Observed;
+use growth_crds::GrowthTrainingJob;
 use growth_crds::conditions::{ConditionType, Reason};
-use growth_crds::{GrowthTrainingJob, resolve};
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
-use k8s_openapi::api::core::v1::{ConfigMap, ObjectReference, Service};
+use k8s_openapi::api::core::v1::{ObjectReference, Service};
 use kube::api::{DeleteParams, PostParams, Preconditions};
 use kube::runtime::events::{Event as KubeEvent, EventType, Recorder};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fmt::Debug;
+use std::time::Duration;
 
 /// Why a plan was not carried out to its end.
 #[derive(thiserror::Error, Debug)]
@@ -55,6 +58,28 @@ pub struct Writer {
 }
 
 impl Writer {
+    /// Decides, carries the plan out, and keeps what the API server refuses in the status. Returns when to look again
+    /// although nothing was seen to change.
+    ///
+    /// # Errors
+    /// See [`Writer::apply`].
+    pub async fn reconcile(
+        &self,
+        job: &GrowthTrainingJob,
+        observed: &Observed,
+        now: Timestamp,
+    ) -> Result<Option<Duration>, ApplyError> {
+        let plan = decide(job, observed, now);
+        match self.apply(job, &plan).await {
+            Ok(()) => Ok(plan.requeue),
+            Err(refusal @ (ApplyError::Refused { .. } | ApplyError::NameTaken { .. })) => {
+                self.report_refusal(job, &refusal, now).await?;
+                Err(refusal)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Carries the plan out.
     ///
     /// # Errors
@@ -63,10 +88,8 @@ impl Writer {
         self.store_status(job, plan).await?;
         for write in &plan.writes {
             match write {
-                Write::Start { work, attempt, replicas } => {
-                    self.start(job, *work, *attempt, *replicas).await?
-                }
-                Write::Stop { job_name } => self.stop(job, job_name).await?,
+                Write::Start(attempt) => self.start(job, attempt).await?,
+                Write::DeleteJob { job_name } => self.delete_job(job, job_name).await?,
                 Write::DeleteSelf => self.delete_self(job).await?,
             }
         }
@@ -89,18 +112,9 @@ impl Writer {
         }
     }
 
-    async fn start(
-        &self,
-        job: &GrowthTrainingJob,
-        work: Work,
-        attempt: i32,
-        replicas: i32,
-    ) -> Result<(), ApplyError> {
-        let Ok(plan) = resolve(&job.name_any(), &job.spec) else { return Ok(()) };
-        let Children { job: pods, config, service } =
-            children(job, &plan, work, attempt, replicas, &self.defaults)?;
-        // What pods mount and look up is there before they are.
-        self.create::<ConfigMap>(job, config).await?;
+    async fn start(&self, job: &GrowthTrainingJob, attempt: &Attempt) -> Result<(), ApplyError> {
+        let Children { job: pods, service } = children(job, attempt, &self.defaults)?;
+        // Pods look each other up as soon as they are there.
         if let Some(service) = service {
             self.create::<Service>(job, service).await?;
         }
@@ -133,8 +147,9 @@ impl Writer {
         }
     }
 
-    async fn stop(&self, job: &GrowthTrainingJob, name: &str) -> Result<(), ApplyError> {
-        match self.api::<Job>(job).delete(name, &DeleteParams::background()).await {
+    /// In the foreground: a Job that is gone has no pods any more.
+    async fn delete_job(&self, job: &GrowthTrainingJob, name: &str) -> Result<(), ApplyError> {
+        match self.api::<Job>(job).delete(name, &DeleteParams::foreground()).await {
             Ok(_) => Ok(()),
             Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
             Err(error) => Err(error.into()),
@@ -156,7 +171,7 @@ impl Writer {
     ///
     /// # Errors
     /// When the status cannot be stored.
-    pub async fn report_refusal(
+    async fn report_refusal(
         &self,
         job: &GrowthTrainingJob,
         refusal: &ApplyError,

@@ -1,8 +1,8 @@
-//! The objects of one attempt: an Indexed Job, a ConfigMap with its plan and, for training, a headless Service with the
-//! addresses of the ranks. Pure: the same input gives the same objects.
+//! The objects of one attempt: an Indexed Job and, when several pods train, a headless Service with their addresses.
+//! The plan travels as an annotation of the pods, which the kubelet shows them as a file: one object less to create, to
+//! lose and to clean up. Pure: the same input gives the same objects.
 
-use crate::names::{LABEL_ATTEMPT, Work, attempt_name, labels};
-use growth_crds::plan::JobPlan;
+use crate::names::{ANNOTATION_PLAN, Work, attempt_name, labels, service_name, trainer_labels};
 use growth_crds::protocol::contract;
 use growth_crds::spec::stage::StageTemplate;
 use growth_crds::{GrowthTrainingJob, StagePlan};
@@ -10,9 +10,10 @@ use k8s_openapi::api::batch::v1::{
     Job, JobSpec, PodFailurePolicy, PodFailurePolicyOnPodConditionsPattern, PodFailurePolicyRule,
 };
 use k8s_openapi::api::core::v1::{
-    Capabilities, ConfigMap, ConfigMapVolumeSource, Container, ContainerPort, EmptyDirVolumeSource,
-    EnvFromSource, EnvVar, HTTPGetAction, PodSecurityContext, PodSpec, PodTemplateSpec, Probe,
-    SeccompProfile, SecretEnvSource, SecurityContext, Service, ServicePort, ServiceSpec, Volume, VolumeMount,
+    Capabilities, Container, ContainerPort, DownwardAPIVolumeFile, DownwardAPIVolumeSource,
+    EmptyDirVolumeSource, EnvFromSource, EnvVar, HTTPGetAction, ObjectFieldSelector, PodSecurityContext,
+    PodSpec, PodTemplateSpec, Probe, SeccompProfile, SecretEnvSource, SecurityContext, Service, ServicePort,
+    ServiceSpec, Volume, VolumeMount,
 };
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use k8s_openapi::apimachinery::pkg::util::intstr::IntOrString;
@@ -40,59 +41,64 @@ pub struct PodDefaults {
     pub image_pull_policy: Option<String>,
 }
 
+/// One attempt, as it is to be started.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Attempt {
+    /// At what.
+    pub work: Work,
+    /// Its number, from 1.
+    pub number: i32,
+    /// Its pods.
+    pub replicas: i32,
+    /// The resolved stage; none for data preparation, which reads the whole job.
+    pub plan: Option<Box<StagePlan>>,
+}
+
 /// What an attempt consists of.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Children {
     /// Its pods.
     pub job: Job,
-    /// Its plan.
-    pub config: ConfigMap,
-    /// Addresses of its ranks.
+    /// Addresses of the ranks, where there are several. It is the same for all attempts.
     pub service: Option<Service>,
 }
 
 /// What the pods of an attempt depend on.
 #[derive(Clone, Copy)]
-struct Attempt<'a> {
+struct Builder<'a> {
     job: &'a GrowthTrainingJob,
-    work: Work,
-    number: i32,
-    replicas: i32,
+    attempt: &'a Attempt,
     name: &'a str,
     defaults: &'a PodDefaults,
 }
 
-/// The objects of attempt number `attempt` at `work`, with `replicas` pods.
+/// The objects of an attempt.
 ///
 /// # Errors
 /// When the job or its plan cannot be written as JSON, which no job that was read can cause.
 pub fn children(
     job: &GrowthTrainingJob,
-    plan: &JobPlan,
-    work: Work,
-    attempt: i32,
-    replicas: i32,
+    attempt: &Attempt,
     defaults: &PodDefaults,
 ) -> Result<Children, serde_json::Error> {
-    let name = attempt_name(job, work, attempt);
-    let of = Attempt { job, work, number: attempt, replicas, name: &name, defaults };
-    let metadata = ObjectMeta {
-        name: Some(name.clone()),
+    let name = attempt_name(job, attempt.work, attempt.number);
+    let of = Builder { job, attempt, name: &name, defaults };
+    let metadata = owned(job, name.clone(), labels(job, attempt.work, attempt.number));
+    let has_ranks = matches!(attempt.work, Work::Train(_)) && attempt.replicas > 1;
+    Ok(Children {
+        job: Job { metadata: with_queue(metadata, job), spec: Some(job_spec(&of)?), status: None },
+        service: has_ranks.then(|| service(job)),
+    })
+}
+
+fn owned(job: &GrowthTrainingJob, name: String, labels: BTreeMap<String, String>) -> ObjectMeta {
+    ObjectMeta {
+        name: Some(name),
         namespace: job.namespace(),
-        labels: Some(labels(job, work, attempt)),
+        labels: Some(labels),
         owner_references: job.controller_owner_ref(&()).map(|owner| vec![owner]),
         ..ObjectMeta::default()
-    };
-    Ok(Children {
-        job: Job { metadata: with_queue(metadata.clone(), job), spec: Some(job_spec(&of)), status: None },
-        config: ConfigMap {
-            metadata: metadata.clone(),
-            immutable: Some(true),
-            data: Some(files(job, plan, work)?),
-            binary_data: None,
-        },
-        service: matches!(work, Work::Train(_)).then(|| service(job, work, attempt, metadata)),
-    })
+    }
 }
 
 /// Under Kueue each attempt is admitted by itself.
@@ -104,16 +110,12 @@ fn with_queue(mut metadata: ObjectMeta, job: &GrowthTrainingJob) -> ObjectMeta {
     metadata
 }
 
-fn files(
-    job: &GrowthTrainingJob,
-    plan: &JobPlan,
-    work: Work,
-) -> Result<BTreeMap<String, String>, serde_json::Error> {
-    let (name, content) = match work.stage().and_then(|index| plan.stages.get(index)) {
-        Some(stage) => (contract::PLAN_FILE, serde_json::to_string::<StagePlan>(stage)?),
-        None => (contract::JOB_FILE, serde_json::to_string(&manifest_of(job))?),
-    };
-    Ok(BTreeMap::from([(name.to_owned(), content)]))
+/// Name and content of the file that tells the pods what to do.
+fn plan_file(of: &Builder<'_>) -> Result<(&'static str, String), serde_json::Error> {
+    Ok(match &of.attempt.plan {
+        Some(stage) => (contract::PLAN_FILE, serde_json::to_string(stage)?),
+        None => (contract::JOB_FILE, serde_json::to_string(&manifest_of(of.job))?),
+    })
 }
 
 /// The job as its author wrote it: no status, no bookkeeping of the API server.
@@ -121,17 +123,18 @@ fn manifest_of(job: &GrowthTrainingJob) -> GrowthTrainingJob {
     GrowthTrainingJob { status: None, ..GrowthTrainingJob::new(&job.name_any(), job.spec.clone()) }
 }
 
-fn service(job: &GrowthTrainingJob, work: Work, attempt: i32, metadata: ObjectMeta) -> Service {
+fn service(job: &GrowthTrainingJob) -> Service {
+    let selector = trainer_labels(job);
     let port = ServicePort {
         name: Some("progress".to_owned()),
         port: i32::from(contract::PROGRESS_PORT),
         ..ServicePort::default()
     };
     Service {
-        metadata,
+        metadata: owned(job, service_name(job), selector.clone()),
         spec: Some(ServiceSpec {
             cluster_ip: Some("None".to_owned()),
-            selector: Some(labels(job, work, attempt)),
+            selector: Some(selector),
             // Ranks look for each other before they are ready.
             publish_not_ready_addresses: Some(true),
             ports: Some(vec![port]),
@@ -141,8 +144,8 @@ fn service(job: &GrowthTrainingJob, work: Work, attempt: i32, metadata: ObjectMe
     }
 }
 
-fn job_spec(of: &Attempt<'_>) -> JobSpec {
-    let Attempt { replicas, .. } = *of;
+fn job_spec(of: &Builder<'_>) -> Result<JobSpec, serde_json::Error> {
+    let replicas = of.attempt.replicas;
     let disruption = PodFailurePolicyRule {
         action: "FailJob".to_owned(),
         on_pod_conditions: Some(vec![PodFailurePolicyOnPodConditionsPattern {
@@ -151,7 +154,7 @@ fn job_spec(of: &Attempt<'_>) -> JobSpec {
         }]),
         on_exit_codes: None,
     };
-    JobSpec {
+    Ok(JobSpec {
         completion_mode: Some("Indexed".to_owned()),
         completions: Some(replicas),
         parallelism: Some(replicas),
@@ -159,18 +162,20 @@ fn job_spec(of: &Attempt<'_>) -> JobSpec {
         backoff_limit: Some(0),
         pod_failure_policy: Some(PodFailurePolicy { rules: vec![disruption] }),
         pod_replacement_policy: Some("Failed".to_owned()),
-        template: pod_template(of),
+        template: pod_template(of)?,
         ..JobSpec::default()
-    }
+    })
 }
 
-fn pod_template(of: &Attempt<'_>) -> PodTemplateSpec {
-    let Attempt { job, work, number, name, .. } = *of;
+fn pod_template(of: &Builder<'_>) -> Result<PodTemplateSpec, serde_json::Error> {
+    let Builder { job, attempt: &Attempt { work, number, .. }, .. } = *of;
+    let (file, plan) = plan_file(of)?;
     let mut template = job.spec.template.clone().unwrap_or_default();
     let metadata = template.metadata.get_or_insert_default();
     metadata.labels.get_or_insert_default().extend(labels(job, work, number));
+    let annotations = metadata.annotations.get_or_insert_default();
+    annotations.insert(ANNOTATION_PLAN.to_owned(), plan);
     if matches!(work, Work::Train(_)) {
-        let annotations = metadata.annotations.get_or_insert_default();
         annotations.insert("karpenter.sh/do-not-disrupt".to_owned(), "true".to_owned());
         annotations.insert("cluster-autoscaler.kubernetes.io/safe-to-evict".to_owned(), "false".to_owned());
     }
@@ -187,17 +192,10 @@ fn pod_template(of: &Attempt<'_>) -> PodTemplateSpec {
     spec.priority_class_name =
         job.spec.scheduling.priority_class_name.clone().or(spec.priority_class_name.take());
     if matches!(work, Work::Train(_)) {
-        spec.subdomain = Some(name.to_owned());
+        spec.subdomain = Some(service_name(job));
     }
     spec.volumes.get_or_insert_default().extend([
-        Volume {
-            name: "growth-plan".to_owned(),
-            config_map: Some(ConfigMapVolumeSource {
-                name: name.to_owned(),
-                ..ConfigMapVolumeSource::default()
-            }),
-            ..Volume::default()
-        },
+        plan_volume(file),
         Volume {
             name: "growth-tmp".to_owned(),
             empty_dir: Some(EmptyDirVolumeSource::default()),
@@ -205,7 +203,26 @@ fn pod_template(of: &Attempt<'_>) -> PodTemplateSpec {
         },
     ]);
     complete_container(trainer_container(spec), of);
-    template
+    Ok(template)
+}
+
+fn plan_volume(file: &str) -> Volume {
+    let item = DownwardAPIVolumeFile {
+        path: file.to_owned(),
+        field_ref: Some(ObjectFieldSelector {
+            field_path: format!("metadata.annotations['{ANNOTATION_PLAN}']"),
+            api_version: None,
+        }),
+        ..DownwardAPIVolumeFile::default()
+    };
+    Volume {
+        name: "growth-plan".to_owned(),
+        downward_api: Some(DownwardAPIVolumeSource {
+            items: Some(vec![item]),
+            ..DownwardAPIVolumeSource::default()
+        }),
+        ..Volume::default()
+    }
 }
 
 /// The stage's resources, node labels and tolerations over those of the base.
@@ -257,8 +274,8 @@ fn trainer_container(spec: &mut PodSpec) -> &mut Container {
     &mut spec.containers[index]
 }
 
-fn complete_container(container: &mut Container, of: &Attempt<'_>) {
-    let Attempt { job, work, number, replicas, name, defaults } = *of;
+fn complete_container(container: &mut Container, of: &Builder<'_>) {
+    let Builder { job, attempt: &Attempt { work, number, replicas, .. }, name, defaults } = *of;
     container.image.get_or_insert_with(|| defaults.image.clone());
     if container.image_pull_policy.is_none() {
         container.image_pull_policy.clone_from(&defaults.image_pull_policy);
@@ -274,7 +291,7 @@ fn complete_container(container: &mut Container, of: &Attempt<'_>) {
         environment.extend([
             variable(contract::ENV_LISTEN, &format!("0.0.0.0:{}", contract::PROGRESS_PORT)),
             variable(contract::ENV_REPLICAS, &replicas.to_string()),
-            variable(contract::ENV_LEADER, &format!("{name}-0.{name}")),
+            variable(contract::ENV_LEADER, &format!("{name}-0.{}", service_name(job))),
         ]);
         container.ports.get_or_insert_default().push(ContainerPort {
             name: Some("progress".to_owned()),
@@ -337,11 +354,6 @@ fn variable(name: &str, value: &str) -> EnvVar {
     EnvVar { name: name.to_owned(), value: Some(value.to_owned()), value_from: None }
 }
 
-/// The attempt that a child belongs to, by its label.
-pub fn attempt_of<K: Resource>(child: &K) -> Option<i32> {
-    child.labels().get(LABEL_ATTEMPT)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -384,7 +396,9 @@ mod tests {
         .unwrap();
         let plan = resolve("tiny", &job.spec).unwrap();
         let defaults = PodDefaults { image: "growth-trainer:1".to_owned(), image_pull_policy: None };
-        let children = children(&job, &plan, work, 3, 2, &defaults).unwrap();
+        let stage = work.stage().map(|index| Box::new(plan.stages[index].clone()));
+        let attempt = Attempt { work, number: 3, replicas: 2, plan: stage };
+        let children = children(&job, &attempt, &defaults).unwrap();
         let pod = serde_json::to_value(&children.job).unwrap()["spec"]["template"].clone();
         (children, pod)
     }
@@ -400,7 +414,11 @@ mod tests {
         assert_eq!(job["metadata"]["name"], "tiny-large-t3");
         assert_eq!(job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"], "gpus");
         assert_eq!((&job["spec"]["completions"], &job["spec"]["backoffLimit"]), (&json!(2), &json!(0)));
-        assert_eq!(children.service.unwrap().spec.unwrap().cluster_ip.as_deref(), Some("None"));
+        let service = serde_json::to_value(children.service.unwrap()).unwrap();
+        assert_eq!(service["spec"]["clusterIP"], "None");
+        assert_eq!(service["metadata"]["name"], pod["spec"]["subdomain"]);
+        let selected = service["spec"]["selector"].as_object().unwrap();
+        assert!(selected.iter().all(|(key, value)| pod["metadata"]["labels"][key] == *value), "{selected:?}");
     }
 
     #[test]
@@ -418,17 +436,20 @@ mod tests {
 
     #[test]
     fn the_plan_the_attempt_and_the_credentials_reach_the_container() {
-        let (children, pod) = built(Work::Train(0));
-        let plan: StagePlan = serde_json::from_str(&children.config.data.unwrap()["plan.json"]).unwrap();
-        assert_eq!(plan.stage, "small");
+        let (_, pod) = built(Work::Train(0));
+        let plan =
+            |pod: &Value| pod["metadata"]["annotations"]["growth.dev/plan"].as_str().unwrap().to_owned();
+        assert_eq!(serde_json::from_str::<StagePlan>(&plan(&pod)).unwrap().stage, "small");
+        let volume = &pod["spec"]["volumes"][0]["downwardAPI"]["items"][0];
+        assert_eq!(volume["path"], "plan.json");
+        assert_eq!(volume["fieldRef"]["fieldPath"], "metadata.annotations['growth.dev/plan']");
         let container = &pod["spec"]["containers"][0];
         assert_eq!(container["args"], json!(["train", "/etc/growth/plan.json"]));
         assert_eq!(container["envFrom"][0]["secretRef"]["name"], "keys");
         let environment = container["env"].as_array().unwrap();
         assert!(environment.contains(&json!({"name": "GROWTH_ATTEMPT", "value": "3"})), "{environment:?}");
-        let (data, _) = built(Work::Data);
-        let manifest: GrowthTrainingJob =
-            serde_json::from_str(&data.config.data.unwrap()["job.json"]).unwrap();
+        let (_, data) = built(Work::Data);
+        let manifest: GrowthTrainingJob = serde_json::from_str(&plan(&data)).unwrap();
         assert!(manifest.status.is_none() && manifest.metadata.uid.is_none());
     }
 

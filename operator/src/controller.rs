@@ -1,7 +1,7 @@
 //! Watches jobs and their children, and runs observe -> decide -> apply for each job that something happened to.
 
 use crate::apply::{ApplyError, Writer};
-use crate::decide::{decide, job_to_ask};
+use crate::decide::job_to_ask;
 use crate::names::{LABEL_JOB, MANAGER};
 use crate::observed::Observed;
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future, stream};
@@ -141,17 +141,8 @@ pub fn controller(
 
 async fn reconcile(job: Arc<GrowthTrainingJob>, context: Arc<Context>) -> Result<Action, ApplyError> {
     let observed = observe(&job, &context).await;
-    let now = Timestamp::now();
-    let plan = decide(&job, &observed, now);
-    match context.writer.apply(&job, &plan).await {
-        Ok(()) => {}
-        Err(refusal @ (ApplyError::Refused { .. } | ApplyError::NameTaken { .. })) => {
-            context.writer.report_refusal(&job, &refusal, now).await?;
-            return Err(refusal);
-        }
-        Err(error) => return Err(error),
-    }
-    Ok(plan.requeue.map_or_else(Action::await_change, Action::requeue))
+    let requeue = context.writer.reconcile(&job, &observed, Timestamp::now()).await?;
+    Ok(requeue.map_or_else(Action::await_change, Action::requeue))
 }
 
 fn on_error(job: Arc<GrowthTrainingJob>, error: &ApplyError, _: Arc<Context>) -> Action {

@@ -5,14 +5,18 @@
 //! first piece that is not done is the current one. Each attempt at it has a number, is recorded in the status **before**
 //! its Job exists, and is over when its Job ends, is deleted, or has lost a pod; then the next number follows.
 
+use crate::children::Attempt;
 use crate::draft::{Draft, Plan, Write};
-use crate::failure::{Failure, Verdict, back_off_seconds, judge};
-use crate::names::Work;
-use crate::observed::{Observed, condition, is_out_of_reach, is_true, job_is, outcome, trainer_status};
+use crate::failure::{Failure, Verdict, back_off_seconds, judge, lost};
+use crate::names::{LABEL_ATTEMPT, Work, labels};
+use crate::observed::{
+    Observed, UNREACHABLE_SECONDS, condition, is_finished, is_true, job_is, outcome, phase, trainer_status,
+    unreachable_since,
+};
 use growth_crds::conditions::{ConditionType, Reason};
 use growth_crds::plan::JobPlan;
 use growth_crds::protocol::{Outcome, OutcomeResult, Progress};
-use growth_crds::status::{CheckpointStatus, Phase, ProgressStatus, StageState};
+use growth_crds::status::{AttemptStatus, CheckpointStatus, Phase, ProgressStatus, StageState};
 use growth_crds::{GrowthTrainingJob, resolve};
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
@@ -48,12 +52,9 @@ pub fn decide(job: &GrowthTrainingJob, observed: &Observed, now: Timestamp) -> P
     if !is_refused(&draft) {
         accept(&mut draft);
     }
-    if active_deadline_is_over(&mut draft) {
-        clean_up(&mut draft, observed);
-        return draft.finish();
-    }
     match current_work(&draft) {
         None => draft.complete(),
+        Some(work) if active_deadline_is_over(&mut draft, work) => clean_up(&mut draft, observed),
         Some(work) => advance(&mut draft, observed, &plan, work),
     }
     draft.finish()
@@ -87,18 +88,18 @@ fn clean_up(draft: &mut Draft<'_>, observed: &Observed) {
     }
 }
 
-fn active_deadline_is_over(draft: &mut Draft<'_>) -> bool {
-    let (Some(limit), Some(start)) =
-        (draft.job.spec.run_policy.active_deadline_seconds, &draft.status.start_time)
-    else {
-        return false;
-    };
-    let left = start.0.as_second() + limit - draft.now.as_second();
+fn active_deadline_is_over(draft: &mut Draft<'_>, work: Work) -> bool {
+    let Some(limit) = draft.job.spec.run_policy.active_deadline_seconds else { return false };
+    let left = limit - draft.active_seconds(work);
+    let runs = draft.attempt(work).is_some_and(|attempt| attempt.ready_time.is_some());
     if left > 0 {
-        draft.requeue_after(left);
+        if runs {
+            draft.requeue_after(left);
+        }
         return false;
     }
-    let message = format!("not complete {limit} s after its start (spec.runPolicy.activeDeadlineSeconds)");
+    draft.stop_clock(work);
+    let message = format!("not complete after {limit} s of work (spec.runPolicy.activeDeadlineSeconds)");
     draft.fail(Reason::DeadlineExceeded, message);
     true
 }
@@ -121,21 +122,27 @@ fn current_work(draft: &Draft<'_>) -> Option<Work> {
 }
 
 fn advance(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work) {
+    let suspended = draft.job.spec.suspend;
     let Some(attempt) = draft.attempt(work).cloned() else {
-        if draft.job.spec.suspend {
-            return suspend(draft, observed);
+        if suspended {
+            return suspend(draft, observed, work);
         }
         let number = first_number(draft, work);
         draft.begin(work, number, None);
-        return start(draft, observed, work);
+        return start(draft, observed, plan, work);
     };
     match (observed.job(&attempt.job_name), attempt.job_uid) {
-        (None, _) if draft.job.spec.suspend => suspend(draft, observed),
-        (None, None) => start(draft, observed, work),
+        (None, _) if suspended => suspend(draft, observed, work),
+        (None, None) => start(draft, observed, plan, work),
         (None, Some(_)) => {
-            let message = format!("Job {} was deleted", attempt.job_name);
-            let failure = Failure::free("JobDeleted", &message, draft.now);
-            restart(draft, observed, work, failure);
+            let failure = match draft.is_true(ConditionType::Suspended) {
+                true => Failure::planned("Suspended", "the job was suspended", draft.now),
+                false => {
+                    let message = format!("Job {} was deleted", attempt.job_name);
+                    Failure::free("JobDeleted", &message, draft.now)
+                }
+            };
+            restart(draft, observed, plan, work, failure);
         }
         (Some(job), _) => follow(draft, observed, plan, work, job),
     }
@@ -164,24 +171,20 @@ fn replicas(job: &GrowthTrainingJob, work: Work) -> i32 {
     }
 }
 
-/// Creates the Job of the recorded attempt, when the pods of the attempt before are gone and its back-off is over.
-fn start(draft: &mut Draft<'_>, observed: &Observed, work: Work) {
+/// Creates the Job of the recorded attempt, when the attempts before it are over and its back-off is, too.
+fn start(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work) {
     let Some(attempt) = draft.attempt(work).cloned() else { return };
     stop(draft, observed, |name| name != attempt.job_name);
+    let others_live = observed.has_live_pods(draft.now)
+        || observed.jobs.iter().any(|job| observed.is_live_job(job, draft.now));
     let wait = attempt.not_before.map_or(0, |time| time.0.as_second() - draft.now.as_second());
-    if !draft.writes.is_empty() || observed.has_live_pods(draft.now) || wait > 0 {
-        let is_told =
-            draft.condition(ConditionType::Running).is_some_and(|c| c.reason == Reason::Restarting.as_str());
-        if !is_told {
-            let message = format!("attempt {} waits for the pods before it to end", attempt.number);
-            draft.set(ConditionType::Running, Reason::Restarting, message);
-        }
-        draft.phase(Phase::Restarting);
-        draft.requeue_after(if wait > 0 { wait } else { 5 });
-        return;
+    if others_live || wait > 0 {
+        return wait_to_start(draft, attempt.number, others_live, wait);
     }
+    forget_old_attempts(draft, observed, work, attempt.number);
     let replicas = replicas(draft.job, work);
-    draft.writes.push(Write::Start { work, attempt: attempt.number, replicas });
+    let stage = work.stage().and_then(|index| plan.stages.get(index)).cloned().map(Box::new);
+    draft.writes.push(Write::Start(Attempt { work, number: attempt.number, replicas, plan: stage }));
     draft.status.replicas = Some(replicas);
     if let Some(index) = work.stage() {
         draft.stage_mut(index).desired_replicas = Some(replicas);
@@ -189,10 +192,43 @@ fn start(draft: &mut Draft<'_>, observed: &Observed, work: Work) {
     if draft.condition(ConditionType::Suspended).is_some() {
         draft.set(ConditionType::Suspended, Reason::Resumed, "the job is no longer suspended");
     }
+    if draft.condition(ConditionType::CheckpointAvailable).is_none() && matches!(work, Work::Train(_)) {
+        draft.set(ConditionType::CheckpointAvailable, Reason::NoCheckpointYet, "none has been written yet");
+    }
     draft.set(ConditionType::Running, Reason::PodsStarting, format!("starting {}", attempt.job_name));
     draft.phase(phase_of_start(work));
     // If the Job is not seen by then, its creation was lost.
     draft.requeue_after(10);
+}
+
+fn wait_to_start(draft: &mut Draft<'_>, number: i32, others_live: bool, wait: i64) {
+    let is_told =
+        draft.condition(ConditionType::Running).is_some_and(|c| c.reason == Reason::Restarting.as_str());
+    if !is_told {
+        draft.set(ConditionType::Running, Reason::Restarting, format!("attempt {number} is to start"));
+    }
+    if others_live {
+        let message = format!("attempt {number} waits for the pods before it to end");
+        draft.set(ConditionType::PodsScheduled, Reason::WaitingForPodsTermination, message);
+    }
+    draft.phase(Phase::Restarting);
+    // Pods that are beyond reach become so by time alone.
+    draft.requeue_after(if others_live { 5 } else { wait });
+}
+
+/// The attempt before is kept, for its logs; those before that one are not.
+fn forget_old_attempts(draft: &mut Draft<'_>, observed: &Observed, work: Work, number: i32) {
+    let mut same_work = labels(draft.job, work, number);
+    same_work.remove(LABEL_ATTEMPT);
+    let is_old = |job: &Job| {
+        let attempt = job.labels().get(LABEL_ATTEMPT).and_then(|attempt| attempt.parse::<i32>().ok());
+        attempt.is_some_and(|attempt| attempt + 1 < number)
+            && same_work.iter().all(|(key, value)| job.labels().get(key) == Some(value))
+            && job.metadata.deletion_timestamp.is_none()
+    };
+    let old = observed.jobs.iter().filter(|job| is_finished(job) && is_old(job));
+    let writes = old.map(|job| Write::DeleteJob { job_name: job.name_any() });
+    draft.writes.extend(writes);
 }
 
 fn phase_of_start(work: Work) -> Phase {
@@ -203,9 +239,12 @@ fn phase_of_start(work: Work) -> Phase {
     }
 }
 
-fn suspend(draft: &mut Draft<'_>, observed: &Observed) {
+fn suspend(draft: &mut Draft<'_>, observed: &Observed, work: Work) {
+    draft.stop_clock(work);
     stop_all(draft, observed);
-    if observed.has_live_pods(draft.now) || !draft.writes.is_empty() {
+    let live = observed.has_live_pods(draft.now)
+        || observed.jobs.iter().any(|job| observed.is_live_job(job, draft.now));
+    if live {
         draft.phase(Phase::Suspending);
         draft.set(ConditionType::Running, Reason::Suspended, "the pods write a checkpoint and end");
         draft.requeue_after(5);
@@ -215,15 +254,10 @@ fn suspend(draft: &mut Draft<'_>, observed: &Observed) {
     draft.set(ConditionType::Suspended, Reason::Suspended, "spec.suspend is true; no pods are held");
     draft.set(ConditionType::Running, Reason::Suspended, "spec.suspend is true");
     draft.phase(Phase::Suspended);
-    draft.status.ready_replicas = Some(0);
-    draft.status.replicas = Some(0);
+    draft.no_replicas();
     if !was_suspended {
         draft.event(false, "Suspended", "no pods are held; the last checkpoint stays".to_owned(), None);
     }
-}
-
-fn is_finished(job: &Job) -> bool {
-    job_is(job, "Complete") || job_is(job, "Failed")
 }
 
 /// Ends every Job that is not at its end: the current attempt's, and any that an operator who died in between has left.
@@ -234,11 +268,10 @@ fn stop_all(draft: &mut Draft<'_>, observed: &Observed) {
 fn stop(draft: &mut Draft<'_>, observed: &Observed, which: impl Fn(&str) -> bool) {
     let running =
         observed.jobs.iter().filter(|job| !is_finished(job) && job.metadata.deletion_timestamp.is_none());
-    let names: Vec<String> = running.map(|job| job.name_any()).filter(|name| which(name)).collect();
-    for job_name in names {
-        let stop = Write::Stop { job_name };
-        if !draft.writes.contains(&stop) {
-            draft.writes.push(stop);
+    for job_name in running.map(|job| job.name_any()).filter(|name| which(name)) {
+        let delete = Write::DeleteJob { job_name };
+        if !draft.writes.contains(&delete) {
+            draft.writes.push(delete);
         }
     }
 }
@@ -251,30 +284,28 @@ fn follow(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work
         attempt.job_uid = job.uid();
         attempt.start_time.get_or_insert(now);
     }
-    let number = draft.attempt(work).map_or(0, |attempt| attempt.number);
-    let pods = observed.pods_of(draft.job, work, number);
+    // A leader that lost its lease in the middle of a write may have left another.
+    stop(draft, observed, |name| name != job.name_any());
+    let pods = observed.pods_of(job);
     if job_is(job, "Complete") || job_is(job, "SuccessCriteriaMet") {
         return ended(draft, observed, plan, work, outcome(&pods));
     }
     if job_is(job, "Failed") || job_is(job, "FailureTarget") {
-        let failure = judge(&pods, &draft.job.spec.failure_policy, draft.now);
-        return restart(draft, observed, work, failure);
+        let failure = judge(job, &pods, &draft.job.spec.failure_policy, draft.now);
+        return restart(draft, observed, plan, work, failure);
     }
     if draft.job.spec.suspend {
-        return suspend(draft, observed);
+        return suspend(draft, observed, work);
     }
     if job.metadata.deletion_timestamp.is_some() {
         let failure = Failure::free("JobDeleted", "its Job is being deleted", draft.now);
-        return restart(draft, observed, work, failure);
+        return restart(draft, observed, plan, work, failure);
     }
-    let lost = pods.iter().any(|pod| is_true(pod, "DisruptionTarget") || is_out_of_reach(pod, draft.now));
-    if lost {
-        // The Job may never fail: no kubelet confirms that the pod is gone.
-        let failure = judge(&pods, &draft.job.spec.failure_policy, draft.now);
-        let failure = Failure { verdict: Verdict::Free, ..failure };
-        return restart(draft, observed, work, failure);
+    // The Job may never fail: no kubelet confirms that the pod is gone.
+    if let Some(failure) = lost(&pods, draft.now) {
+        return restart(draft, observed, plan, work, failure);
     }
-    run(draft, observed, plan, work, &pods);
+    run(draft, observed, plan, work, job, &pods);
 }
 
 /// All pods of the attempt ended well.
@@ -283,17 +314,19 @@ fn ended(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work,
         Some(outcome) if outcome.result == OutcomeResult::Finished => outcome,
         Some(Outcome { checkpoint, .. }) => {
             keep_checkpoint(draft, work, checkpoint);
-            let failure = Failure::free("Stopped", "it was asked to stop and wrote a checkpoint", draft.now);
-            return restart(draft, observed, work, failure);
+            let failure =
+                Failure::planned("Stopped", "it was asked to stop and wrote a checkpoint", draft.now);
+            return restart(draft, observed, plan, work, failure);
         }
         // Its pods are gone and with them their last word. The next attempt finds the work done and says so.
         None => {
             let failure =
                 Failure::free("OutcomeLost", "its pods were deleted before they were read", draft.now);
-            return restart(draft, observed, work, failure);
+            return restart(draft, observed, plan, work, failure);
         }
     };
     let now = Time(draft.now);
+    draft.stop_clock(work);
     let name = draft.attempt(work).map(|attempt| attempt.job_name.clone());
     if let Some(attempt) = draft.attempt_mut(work) {
         attempt.completion_time = Some(now.clone());
@@ -342,20 +375,23 @@ fn keep_checkpoint(draft: &mut Draft<'_>, work: Work, checkpoint: Option<Checkpo
 }
 
 /// Another attempt follows, or the job fails.
-fn restart(draft: &mut Draft<'_>, observed: &Observed, work: Work, failure: Failure) {
+fn restart(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work, failure: Failure) {
     let Some(attempt) = draft.attempt(work).cloned() else { return };
+    draft.stop_clock(work);
     stop_all(draft, observed);
     let text = failure.status.message.clone().unwrap_or_else(|| failure.status.reason.clone());
-    let is_planned =
-        failure.verdict == Verdict::Free && ["Stopped", "Suspended"].contains(&&*failure.status.reason);
+    let is_planned = failure.verdict == Verdict::Planned;
     let note = format!("attempt {} ended: {}: {text}", attempt.number, failure.status.reason);
     draft.event(!is_planned, "AttemptEnded", note, Some(attempt.job_name.clone()));
     if let Some(index) = work.stage() {
-        draft.stage_mut(index).last_failure = Some(failure.status.clone());
-        draft.stage_mut(index).ready_replicas = Some(0);
+        let stage = draft.stage_mut(index);
+        stage.ready_replicas = Some(0);
+        if !is_planned {
+            stage.last_failure = Some(failure.status);
+        }
     }
-    let not_before = match &failure.verdict {
-        Verdict::Free => None,
+    let not_before = match failure.verdict {
+        Verdict::Planned | Verdict::Free => None,
         Verdict::BadInput => return draft.fail(Reason::InvalidInput, text),
         Verdict::Rule(name) => {
             let message = format!("rule {name} of spec.failurePolicy: {text}");
@@ -374,17 +410,15 @@ fn restart(draft: &mut Draft<'_>, observed: &Observed, work: Work, failure: Fail
             }
         },
     };
-    if draft.job.spec.suspend {
-        return suspend(draft, observed);
-    }
+    // Recorded even when the job is suspended: else this failure would be met, and counted, again.
     draft.begin(work, attempt.number + 1, not_before);
-    draft.set(
-        ConditionType::Running,
-        Reason::Restarting,
-        format!("attempt {} follows: {text}", attempt.number + 1),
-    );
+    if draft.job.spec.suspend {
+        return suspend(draft, observed, work);
+    }
+    let message = format!("attempt {} follows: {text}", attempt.number + 1);
+    draft.set(ConditionType::Running, Reason::Restarting, message);
     draft.phase(Phase::Restarting);
-    start(draft, observed, work);
+    start(draft, observed, plan, work);
 }
 
 /// Counts a restart in the window. Errors: the limit, when it is exceeded.
@@ -410,22 +444,34 @@ fn count_restart(draft: &mut Draft<'_>) -> Result<i32, i32> {
 }
 
 /// The attempt goes on: tell how it does, and watch its deadlines.
-fn run(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work, pods: &[&Pod]) {
+fn run(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work, job: &Job, pods: &[&Pod]) {
     let desired = replicas_of(draft, work);
-    let ready = i32::try_from(pods.iter().filter(|pod| is_at_work(pod, work)).count()).unwrap_or(i32::MAX);
+    let count = |holds: &dyn Fn(&Pod) -> bool| {
+        i32::try_from(pods.iter().filter(|pod| holds(pod)).count()).unwrap_or(i32::MAX)
+    };
+    let ready = count(&|pod| is_at_work(pod, work));
+    // A rank may be done before another is ready.
+    let started = ready + count(&|pod| phase(pod) == "Succeeded");
     if let Some(index) = work.stage() {
         draft.stage_mut(index).ready_replicas = Some(ready);
     }
     draft.status.ready_replicas = Some(ready);
+    if job.spec.as_ref().is_some_and(|spec| spec.suspend == Some(true)) {
+        return wait_for_quota(draft, work);
+    }
+    if let Some(since) = pods.iter().filter_map(|pod| unreachable_since(pod)).min() {
+        draft.requeue_after(since.as_second() + UNREACHABLE_SECONDS - draft.now.as_second());
+    }
     let scheduled = tell_scheduling(draft, pods, desired);
     let now = Time(draft.now);
-    if ready < desired {
+    let was_ready = draft.attempt(work).is_some_and(|attempt| attempt.ready_time.is_some());
+    if started < desired && !was_ready {
         draft.phase(if scheduled || work == Work::Data { phase_of_start(work) } else { Phase::Queued });
         tell_starting(draft, pods);
-        return watch_startup_deadline(draft, observed, work);
+        return watch_startup_deadline(draft, observed, job);
     }
     if let Some(attempt) = draft.attempt_mut(work)
-        && attempt.ready_time.is_none()
+        && !was_ready
     {
         attempt.ready_time = Some(now);
         let name = attempt.job_name.clone();
@@ -444,6 +490,23 @@ fn run(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work, p
     }
 }
 
+/// Only a queue suspends the Job of an attempt: it has not admitted it, or has taken the quota back.
+fn wait_for_quota(draft: &mut Draft<'_>, work: Work) {
+    let had_pods = draft.attempt(work).is_some_and(|attempt| attempt.ready_time.is_some());
+    draft.stop_clock(work);
+    let queue = draft.job.spec.scheduling.queue_name.clone().unwrap_or_default();
+    let was_evicted = draft
+        .condition(ConditionType::PodsScheduled)
+        .is_some_and(|condition| condition.reason == Reason::QuotaEvicted.as_str());
+    let (reason, message) = match had_pods || was_evicted {
+        true => (Reason::QuotaEvicted, format!("queue {queue} took the quota back")),
+        false => (Reason::WaitingForQuota, format!("queue {queue} has not admitted the attempt yet")),
+    };
+    draft.set(ConditionType::PodsScheduled, reason, message);
+    draft.set(ConditionType::Running, Reason::PodsStarting, "waits for the queue");
+    draft.phase(Phase::Queued);
+}
+
 fn replicas_of(draft: &Draft<'_>, work: Work) -> i32 {
     let stage = work.stage().and_then(|index| draft.status.stages.get(index));
     match work {
@@ -456,7 +519,7 @@ fn replicas_of(draft: &Draft<'_>, work: Work) -> i32 {
 fn is_at_work(pod: &Pod, work: Work) -> bool {
     match work {
         Work::Train(_) => is_true(pod, "Ready"),
-        Work::Data | Work::Transform(_) => crate::observed::phase(pod) == "Running",
+        Work::Data | Work::Transform(_) => phase(pod) == "Running",
     }
 }
 
@@ -501,10 +564,10 @@ fn tell_starting(draft: &mut Draft<'_>, pods: &[&Pod]) {
     }
 }
 
-fn watch_startup_deadline(draft: &mut Draft<'_>, observed: &Observed, work: Work) {
+/// Its clock is that of the Job, which stands still while a queue holds it.
+fn watch_startup_deadline(draft: &mut Draft<'_>, observed: &Observed, job: &Job) {
     let Some(limit) = draft.job.spec.run_policy.startup_deadline_seconds else { return };
-    let Some(attempt) = draft.attempt(work).filter(|attempt| attempt.ready_time.is_none()) else { return };
-    let Some(start) = &attempt.start_time else { return };
+    let Some(start) = job.status.as_ref().and_then(|status| status.start_time.as_ref()) else { return };
     let left = start.0.as_second() + limit - draft.now.as_second();
     if left > 0 {
         return draft.requeue_after(left);
@@ -523,11 +586,12 @@ fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, index: usiz
     let work = Work::Train(index);
     let attempt = draft.attempt(work).cloned().unwrap_or_default();
     draft.set(ConditionType::Running, Reason::TrainersReady, "all trainers are ready");
-    draft.phase(Phase::Training);
     draft.requeue_after(PROGRESS_SECONDS);
     let stage = &draft.job.spec.stages[index].name;
     let report =
         observed.progress.as_ref().filter(|said| &said.stage == stage && said.attempt == attempt.number);
+    let has_all_tokens = report.is_some_and(|report| report.tokens >= report.total_tokens);
+    draft.phase(if has_all_tokens { Phase::Committing } else { Phase::Training });
     if let Some(report) = report {
         keep_checkpoint(draft, work, report.checkpoint.clone());
         record_progress(draft, plan, index, report.tokens, Some(report));
@@ -540,7 +604,7 @@ fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, index: usiz
         let message = format!("no step for {silent} s (spec.runPolicy.progressDeadlineSeconds is {limit})");
         draft.set(ConditionType::Progressing, Reason::Stalled, message.clone());
         let failure = Failure::counted("Stalled", &message, draft.now);
-        return restart(draft, observed, work, failure);
+        return restart(draft, observed, plan, work, failure);
     }
     match report {
         Some(_) => draft.set(ConditionType::Progressing, Reason::StepsAdvancing, "steps advance"),
@@ -552,7 +616,7 @@ fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, index: usiz
 }
 
 /// When this attempt was last heard of.
-fn last_update(draft: &Draft<'_>, attempt: &growth_crds::status::AttemptStatus) -> Option<Timestamp> {
+fn last_update(draft: &Draft<'_>, attempt: &AttemptStatus) -> Option<Timestamp> {
     let updated = draft.status.progress.as_ref()?.last_updated.as_ref()?.0;
     (Some(updated) > attempt.start_time.as_ref().map(|time| time.0)).then_some(updated)
 }
@@ -595,7 +659,7 @@ fn eta_seconds(plan: &JobPlan, index: usize, tokens: u64, tokens_per_second: f64
 /// The Job whose rank 0 should be asked for progress.
 pub fn job_to_ask(job: &GrowthTrainingJob) -> Option<&str> {
     let status = job.status.as_ref()?;
-    if status.phase != Some(Phase::Training) {
+    if !matches!(status.phase, Some(Phase::Training | Phase::Committing)) {
         return None;
     }
     let stage = status.stages.iter().find(|stage| stage.state == StageState::Training)?;

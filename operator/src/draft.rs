@@ -8,6 +8,7 @@ use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use std::time::Duration;
 
+use crate::children::Attempt;
 use crate::names::{Work, attempt_name, trainer_selector};
 
 /// What is to be done: the status first, then the writes in order, then the events.
@@ -24,19 +25,12 @@ pub struct Plan {
 }
 
 /// A side effect.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Write {
-    /// Create Job, ConfigMap and Service of an attempt.
-    Start {
-        /// At what.
-        work: Work,
-        /// Which.
-        attempt: i32,
-        /// Pods.
-        replicas: i32,
-    },
+    /// Create the Job of an attempt.
+    Start(Attempt),
     /// Delete the Job of an attempt with its pods, which get SIGTERM and their grace period.
-    Stop {
+    DeleteJob {
         /// Its name.
         job_name: String,
     },
@@ -166,6 +160,7 @@ impl<'a> Draft<'a> {
 
     /// Records a new attempt. Its Job is started once that is stored.
     pub fn begin(&mut self, work: Work, number: i32, not_before: Option<Timestamp>) {
+        self.stop_clock(work);
         let job_name = attempt_name(self.job, work, number);
         let not_before = not_before.map(Time);
         *self.attempt_mut(work) =
@@ -184,11 +179,32 @@ impl<'a> Draft<'a> {
         self.status.current_stage = Some(self.job.spec.stages[index].name.clone());
     }
 
+    /// Adds the time that the attempt was at work to that of the job. It is ready no longer.
+    pub fn stop_clock(&mut self, work: Work) {
+        let now = self.now;
+        let Some(attempt) = self.attempt_mut(work) else { return };
+        let Some(ready) = attempt.ready_time.take() else { return };
+        let seconds = (now.as_second() - ready.0.as_second()).max(0);
+        self.status.active_seconds = Some(self.status.active_seconds.unwrap_or(0) + seconds);
+    }
+
+    /// Seconds that pods were at work, those of the attempt that runs included.
+    pub fn active_seconds(&self, work: Work) -> i64 {
+        let since = self.attempt(work).and_then(|attempt| attempt.ready_time.as_ref());
+        let running = since.map_or(0, |since| (self.now.as_second() - since.0.as_second()).max(0));
+        self.status.active_seconds.unwrap_or(0) + running
+    }
+
     fn end(&mut self, phase: Phase, message: &str) {
         self.set(ConditionType::Running, Reason::Finished, message);
         self.phase(phase);
         self.status.completion_time.get_or_insert(Time(self.now));
-        self.status.ready_replicas = Some(0);
+        self.no_replicas();
+    }
+
+    /// No pods are held.
+    pub fn no_replicas(&mut self) {
+        (self.status.replicas, self.status.ready_replicas) = (Some(0), Some(0));
     }
 
     /// Ends the job without success, for good.

@@ -1,10 +1,11 @@
 //! Why an attempt ended, and what follows from it.
 
-use crate::observed::{is_true, termination};
+use crate::observed::{condition, is_out_of_reach, is_true, termination};
 use growth_crds::protocol::{Outcome, contract};
 use growth_crds::spec::policy::{FailureAction, FailurePolicy, FailureRule};
 use growth_crds::status::FailureStatus;
 use jiff::Timestamp;
+use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
@@ -26,6 +27,8 @@ pub struct Failure {
 /// What follows from a failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
+    /// A new attempt, at once, at no cost, and nothing went wrong.
+    Planned,
     /// A new attempt, at once, at no cost: nobody's fault.
     Free,
     /// A new attempt that counts towards maxRestarts.
@@ -37,6 +40,11 @@ pub enum Verdict {
 }
 
 impl Failure {
+    /// As it was meant to be.
+    pub fn planned(reason: &str, message: &str, now: Timestamp) -> Self {
+        Self { verdict: Verdict::Planned, status: status(reason, message, now) }
+    }
+
     /// Nobody's fault.
     pub fn free(reason: &str, message: &str, now: Timestamp) -> Self {
         Self { verdict: Verdict::Free, status: status(reason, message, now) }
@@ -58,11 +66,13 @@ fn status(reason: &str, message: &str, now: Timestamp) -> FailureStatus {
 }
 
 /// Judges a failed attempt by its pods. A disruption of any pod explains the end of the others; else the pod that ended
-/// first is the one to blame.
-pub fn judge(pods: &[&Pod], policy: &FailurePolicy, now: Timestamp) -> Failure {
-    if let Some(pod) = pods.iter().find(|pod| is_true(pod, "DisruptionTarget")) {
-        let (_, reason, message) = crate::observed::condition(pod, "DisruptionTarget").unwrap_or_default();
-        return located(Failure::free(reason, message, now), pod, None);
+/// first is the one to blame. The Job remembers a disruption even when the pod is gone.
+pub fn judge(job: &Job, pods: &[&Pod], policy: &FailurePolicy, now: Timestamp) -> Failure {
+    if let Some(failure) = lost(pods, now) {
+        return failure;
+    }
+    if let Some(message) = disruption_of(job) {
+        return Failure::free("DisruptionTarget", message, now);
     }
     let ended =
         |pod: &&&Pod| termination(pod).is_some_and(|(code, _, _)| code != 0) || reason_of(pod).is_some();
@@ -89,6 +99,24 @@ pub fn judge(pods: &[&Pod], policy: &FailurePolicy, now: Timestamp) -> Failure {
     };
     let reason = if reason.is_empty() { "Error" } else { reason };
     located(Failure { verdict, status: status(reason, &said, now) }, pod, Some(code))
+}
+
+/// An attempt that has lost a pod to a disruption, or to a node that does not answer, is over: its gang is.
+pub fn lost(pods: &[&Pod], now: Timestamp) -> Option<Failure> {
+    if let Some(pod) = pods.iter().find(|pod| is_true(pod, "DisruptionTarget")) {
+        let (_, reason, message) = condition(pod, "DisruptionTarget").unwrap_or_default();
+        return Some(located(Failure::free(reason, message, now), pod, None));
+    }
+    let pod = pods.iter().find(|pod| is_out_of_reach(pod, now))?;
+    Some(located(Failure::free("NodeUnreachable", "its node does not answer", now), pod, None))
+}
+
+/// The one rule of the Job's pod failure policy is about disruptions.
+fn disruption_of(job: &Job) -> Option<&str> {
+    let conditions = job.status.as_ref()?.conditions.as_ref()?;
+    let matched =
+        conditions.iter().find(|condition| condition.reason.as_deref() == Some("PodFailurePolicy"))?;
+    Some(matched.message.as_deref().unwrap_or_default())
 }
 
 fn rule_matches(rule: &FailureRule, code: i32, reason: &str) -> bool {
@@ -145,7 +173,19 @@ mod tests {
     }
 
     fn judged(pods: &[Pod], policy: &FailurePolicy) -> Failure {
-        judge(&pods.iter().collect::<Vec<_>>(), policy, Timestamp::UNIX_EPOCH)
+        judge(&Job::default(), &pods.iter().collect::<Vec<_>>(), policy, Timestamp::UNIX_EPOCH)
+    }
+
+    #[test]
+    fn the_job_remembers_a_disruption_whose_pod_is_gone() {
+        let job = |reason: &str| -> Job {
+            let condition = json!({"type": "Failed", "status": "True", "reason": reason, "message": "pod p"});
+            serde_json::from_value(json!({"metadata": {}, "status": {"conditions": [condition]}})).unwrap()
+        };
+        let policy = FailurePolicy::default();
+        let verdict = |reason| judge(&job(reason), &[], &policy, Timestamp::UNIX_EPOCH).verdict;
+        assert_eq!(verdict("PodFailurePolicy"), Verdict::Free);
+        assert_eq!(verdict("BackoffLimitExceeded"), Verdict::Counted);
     }
 
     #[test]

@@ -17,6 +17,9 @@ pub const LABEL_STAGE: &str = "growth.dev/stage";
 /// Label with the number of the attempt.
 pub const LABEL_ATTEMPT: &str = "growth.dev/attempt";
 
+/// Annotation of the pods with the plan of their attempt, or the whole job.
+pub const ANNOTATION_PLAN: &str = "growth.dev/plan";
+
 /// One piece of a job's work; each attempt at it is one Job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Work {
@@ -52,7 +55,7 @@ impl Work {
     }
 }
 
-/// Name of the Job, Service and ConfigMap of an attempt: at most 57 characters, so that `<name>-<index>` is a host name.
+/// Name of the Job of an attempt: at most 57 characters, so that `<name>-<index>` is a host name.
 pub fn attempt_name(job: &GrowthTrainingJob, work: Work, attempt: i32) -> String {
     let name = job.name_any();
     let stage = work.stage_of(job).map_or("", |stage| &stage.name);
@@ -78,7 +81,22 @@ pub fn labels(job: &GrowthTrainingJob, work: Work, attempt: i32) -> BTreeMap<Str
     labels
 }
 
+/// Labels that the trainer pods of a job have in common.
+pub fn trainer_labels(job: &GrowthTrainingJob) -> BTreeMap<String, String> {
+    BTreeMap::from([
+        (LABEL_JOB.to_owned(), job.name_any()),
+        (LABEL_WORK.to_owned(), Work::Train(0).label().to_owned()),
+    ])
+}
+
 /// Selector of the trainer pods of a job, for /scale.
 pub fn trainer_selector(job: &GrowthTrainingJob) -> String {
-    format!("{LABEL_JOB}={},{LABEL_WORK}=train", job.name_any())
+    let terms: Vec<String> =
+        trainer_labels(job).iter().map(|(key, value)| format!("{key}={value}")).collect();
+    terms.join(",")
+}
+
+/// Service with the addresses of the trainer pods of a job. A stage's pods have their attempt's name in theirs.
+pub fn service_name(job: &GrowthTrainingJob) -> String {
+    format!("{}-trainers", job.name_any())
 }

@@ -1,7 +1,7 @@
 //! What was seen of a job's children, and what can be read from it.
 
-use crate::children::{TRAINER_CONTAINER, attempt_of};
-use crate::names::{LABEL_JOB, LABEL_STAGE, LABEL_WORK, Work};
+use crate::children::TRAINER_CONTAINER;
+use crate::names::LABEL_JOB;
 use growth_crds::GrowthTrainingJob;
 use growth_crds::protocol::{Outcome, Progress};
 use jiff::Timestamp;
@@ -13,6 +13,9 @@ use std::sync::Arc;
 /// A pod whose deletion is overdue by this much will not be confirmed dead: its node is out of reach. The checkpoint
 /// fence makes going on without it safe.
 const OVERDUE_SECONDS: i64 = 10;
+
+/// A node that has not answered for so long, after Kubernetes has noticed it, is given up.
+pub const UNREACHABLE_SECONDS: i64 = 20;
 
 /// Children of one job that carry its uid as owner, and what rank 0 says.
 #[derive(Debug, Clone, Default)]
@@ -49,21 +52,26 @@ impl Observed {
         self.jobs.iter().map(AsRef::as_ref).find(|job| job.name_any() == name)
     }
 
-    /// Pods of an attempt.
-    pub fn pods_of<'a>(&'a self, job: &'a GrowthTrainingJob, work: Work, attempt: i32) -> Vec<&'a Pod> {
-        let stage = work.stage_of(job).map(|stage| stage.name.as_str());
-        let belongs = |pod: &&Pod| {
-            attempt_of(*pod) == Some(attempt)
-                && pod.labels().get(LABEL_WORK).is_some_and(|label| label == work.label())
-                && pod.labels().get(LABEL_STAGE).map(String::as_str) == stage
-        };
-        self.pods.iter().map(AsRef::as_ref).filter(belongs).collect()
+    /// Pods of a Job.
+    pub fn pods_of(&self, job: &Job) -> Vec<&Pod> {
+        self.pods.iter().map(AsRef::as_ref).filter(|pod| owns(job, pod)).collect()
     }
 
     /// Whether any pod of the job still runs, and can be expected to end.
     pub fn has_live_pods(&self, now: Timestamp) -> bool {
         self.pods.iter().any(|pod| is_live(pod, now))
     }
+
+    /// Whether a Job still runs: a Job that is being deleted stays until its pods are gone, but for those beyond reach.
+    pub fn is_live_job(&self, job: &Job, now: Timestamp) -> bool {
+        let pods = self.pods_of(job);
+        !is_finished(job) && (pods.is_empty() || pods.iter().any(|pod| is_live(pod, now)))
+    }
+}
+
+/// At its end, whatever that was: no pod of it runs.
+pub fn is_finished(job: &Job) -> bool {
+    job_is(job, "Complete") || job_is(job, "Failed")
 }
 
 fn is_labelled<K: Resource>(job: &GrowthTrainingJob, child: &K) -> bool {
@@ -83,12 +91,25 @@ fn has_ended(pod: &Pod) -> bool {
     matches!(phase(pod), "Succeeded" | "Failed")
 }
 
-/// Its deletion is overdue. `deletionTimestamp` is when the grace period ends.
+/// Its deletion is overdue, or its node has not answered for a while.
 pub fn is_out_of_reach(pod: &Pod, now: Timestamp) -> bool {
-    pod.metadata
-        .deletion_timestamp
-        .as_ref()
-        .is_some_and(|deadline| now.as_second() - deadline.0.as_second() > OVERDUE_SECONDS)
+    let deadline = pod.metadata.deletion_timestamp.as_ref();
+    // `deletionTimestamp` is when the grace period ends.
+    let is_overdue = deadline.is_some_and(|time| now.as_second() - time.0.as_second() > OVERDUE_SECONDS);
+    let silence = unreachable_since(pod).map_or(0, |since| now.as_second() - since.as_second());
+    is_overdue || silence >= UNREACHABLE_SECONDS
+}
+
+/// When its node stopped answering. Kubernetes then marks the pod as not ready, and nobody is there to say the same of
+/// its containers; a kubelet always says both. (Looking at the node would need rights on nodes.)
+pub fn unreachable_since(pod: &Pod) -> Option<Timestamp> {
+    if !is_true(pod, "ContainersReady") || has_ended(pod) {
+        return None;
+    }
+    let conditions = pod.status.as_ref()?.conditions.as_ref()?;
+    let ready =
+        conditions.iter().find(|condition| condition.type_ == "Ready" && condition.status == "False")?;
+    ready.last_transition_time.as_ref().map(|time| time.0)
 }
 
 /// `Pending`, `Running`, ...

@@ -56,7 +56,7 @@ impl World {
             .collect();
         let job: Job = serde_json::from_value(json!({
             "metadata": {"name": name, "uid": format!("uid-of-{name}")},
-            "status": {"conditions": conditions},
+            "status": {"conditions": conditions, "startTime": self.now},
         }))
         .unwrap();
         self.observed.jobs.retain(|known| known.metadata.name != job.metadata.name);
@@ -69,8 +69,15 @@ impl World {
             labels["growth.dev/stage"] = json!(stage);
         }
         let name = format!("{work}-{attempt}");
+        let job = match (work, stage) {
+            ("train", Some(stage)) => format!("tiny-{stage}-t{attempt}"),
+            (_, Some(stage)) => format!("tiny-{stage}-grow--t{attempt}"),
+            _ => format!("tiny-data--t{attempt}"),
+        };
+        let owner =
+            json!({"apiVersion": "batch/v1", "kind": "Job", "name": job, "uid": format!("uid-of-{job}")});
         let pod: Pod = serde_json::from_value(json!({
-            "metadata": {"name": name, "labels": labels},
+            "metadata": {"name": name, "labels": labels, "ownerReferences": [owner]},
             "spec": {"nodeName": "n1", "containers": []},
             "status": status,
         }))
@@ -133,16 +140,16 @@ fn checkpoint(step: i64) -> CheckpointStatus {
 
 fn starts(plan: &Plan) -> Vec<(Work, i32)> {
     let start = |write: &Write| match write {
-        Write::Start { work, attempt, .. } => Some((*work, *attempt)),
+        Write::Start(attempt) => Some((attempt.work, attempt.number)),
         _ => None,
     };
     plan.writes.iter().filter_map(start).collect()
 }
 
-fn stops(plan: &Plan) -> Vec<&str> {
+fn deletes(plan: &Plan) -> Vec<&str> {
     let mut names = Vec::new();
     for write in &plan.writes {
-        if let Write::Stop { job_name } = write {
+        if let Write::DeleteJob { job_name } = write {
             names.push(job_name.as_str());
         }
     }
@@ -223,7 +230,7 @@ fn progress_is_shown_and_a_silent_attempt_is_restarted() {
     world.after(1800);
     assert_eq!(world.phase(), Phase::Training);
     let plan = world.after(1);
-    assert_eq!(stops(&plan), ["tiny-small-t1"]);
+    assert_eq!(deletes(&plan), ["tiny-small-t1"]);
     assert_eq!(world.condition("Progressing").1, "Stalled");
     assert_eq!(world.job.status.as_ref().unwrap().restarts, Some(1));
 }
@@ -286,11 +293,142 @@ fn a_pod_on_a_lost_node_is_not_waited_for() {
     let pod = world.see_pod("train", Some("small"), 1, status);
     pod.metadata.deletion_timestamp = Some(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(deadline));
     let plan = world.step();
-    assert_eq!((stops(&plan), starts(&plan)), (vec!["tiny-small-t1"], vec![]));
+    assert_eq!((deletes(&plan), starts(&plan)), (vec!["tiny-small-t1"], vec![]));
     world.observed.jobs.clear();
     // Within its grace period it may still be writing its last checkpoint.
     assert_eq!(starts(&world.after(100)), []);
     assert_eq!(starts(&world.after(31)), [(Work::Train(0), 2)]);
+}
+
+/// Kubernetes marks the pods of a node that does not answer as not ready; their containers it cannot speak for.
+#[test]
+fn a_pod_whose_node_does_not_answer_is_given_up_long_before_kubernetes_evicts_it() {
+    let mut world = training(&[("/spec/failurePolicy/maxRestarts", json!(0))]);
+    let since = world.now;
+    let status = json!({"phase": "Running", "conditions": [
+        {"type": "PodScheduled", "status": "True"}, {"type": "ContainersReady", "status": "True"},
+        {"type": "Ready", "status": "False", "lastTransitionTime": since},
+    ]});
+    world.see_pod("train", Some("small"), 1, status);
+    let plan = world.after(19);
+    assert_eq!((deletes(&plan), plan.requeue.unwrap().as_secs()), (vec![], 1));
+    let plan = world.after(1);
+    // Its Job will stay, for nobody confirms that its pod is gone.
+    assert_eq!((deletes(&plan), starts(&plan)), (vec!["tiny-small-t1"], vec![(Work::Train(0), 2)]));
+    let status = world.job.status.as_ref().unwrap();
+    assert_eq!(status.stages[0].last_failure.as_ref().unwrap().reason, "NodeUnreachable");
+    assert_eq!(status.restarts, None);
+}
+
+/// Else each look at the suspended job would count the failure again.
+#[test]
+fn a_failure_of_a_suspended_job_counts_once() {
+    let mut world = training(&[]);
+    world.job.spec.suspend = true;
+    world.see_job("tiny-small-t1", &["Failed"]);
+    world.see_pod("train", Some("small"), 1, ended(1, "boom"));
+    for _ in 0..3 {
+        world.after(5);
+    }
+    assert_eq!(world.phase(), Phase::Suspended);
+    assert_eq!(world.job.status.as_ref().unwrap().restarts, Some(1));
+    world.job.spec.suspend = false;
+    assert_eq!(starts(&world.step()), [(Work::Train(0), 2)]);
+}
+
+#[test]
+fn the_deadline_counts_only_time_at_work() {
+    let mut world = training(&[("/spec/runPolicy/activeDeadlineSeconds", json!(100))]);
+    world.after(60);
+    world.job.spec.suspend = true;
+    world.step();
+    world.observed.jobs.clear();
+    world.observed.pods.clear();
+    world.after(10_000);
+    assert_eq!(world.phase(), Phase::Suspended);
+    assert_eq!(world.job.status.as_ref().unwrap().active_seconds, Some(60));
+    world.job.spec.suspend = false;
+    world.step();
+    world.see_job("tiny-small-t2", &[]);
+    world.see_pod("train", Some("small"), 2, ready());
+    world.step();
+    world.after(39);
+    assert_eq!(world.phase(), Phase::Training);
+    world.after(1);
+    assert_eq!(world.condition("Failed").1, "DeadlineExceeded");
+}
+
+#[test]
+fn a_queue_that_holds_the_attempt_is_named_and_stops_the_clocks() {
+    let mut world = World::new(&[
+        ("/spec/scheduling/queueName", json!("gpus")),
+        ("/spec/runPolicy/startupDeadlineSeconds", json!(60)),
+    ]);
+    world.step();
+    world.see_job("tiny-data--t1", &[]);
+    let held = |world: &mut World, value: bool| {
+        let job = std::sync::Arc::make_mut(&mut world.observed.jobs[0]);
+        job.spec.get_or_insert_default().suspend = Some(value);
+    };
+    held(&mut world, true);
+    world.after(10_000);
+    assert_eq!(world.phase(), Phase::Queued);
+    let (_, reason, message) = world.condition("PodsScheduled");
+    assert_eq!(reason, "WaitingForQuota");
+    assert!(message.contains("gpus"), "{message}");
+
+    held(&mut world, false);
+    world.see_pod(
+        "data",
+        None,
+        1,
+        json!({"phase": "Running", "conditions": [
+            {"type": "PodScheduled", "status": "True"},
+        ]}),
+    );
+    world.step();
+    held(&mut world, true);
+    world.after(7);
+    assert_eq!(world.condition("PodsScheduled").1, "QuotaEvicted");
+    assert_eq!(world.job.status.as_ref().unwrap().active_seconds, Some(7));
+}
+
+/// Found by the simulation: the leader was done, so not all could be ready any more, and a rank that hung had no deadline.
+#[test]
+fn a_rank_that_hangs_while_another_is_done_stalls_the_attempt() {
+    let mut world = training(&[]);
+    world.job.status.as_mut().unwrap().stages[0].desired_replicas = Some(2);
+    world.see_pod("train", Some("small"), 1, json!({"phase": "Succeeded"}));
+    world.step();
+    let plan = world.after(1801);
+    assert_eq!(deletes(&plan), ["tiny-small-t1"]);
+    assert_eq!(world.condition("Progressing").1, "Stalled");
+}
+
+/// One attempt back may be read by people; older ones are not kept.
+#[test]
+fn jobs_of_old_attempts_go() {
+    let mut world = training(&[]);
+    for attempt in 1..=2 {
+        let name = format!("tiny-small-t{attempt}");
+        world.see_job(&name, &["Failed"]);
+        for job in &mut world.observed.jobs {
+            let labels = json!({
+                "growth.dev/job": "tiny", "growth.dev/work": "train", "growth.dev/stage": "small",
+                "growth.dev/attempt": attempt.to_string(), "app.kubernetes.io/managed-by": "growth-operator",
+            });
+            if job.metadata.name.as_deref() == Some(&name) {
+                let job = std::sync::Arc::make_mut(job);
+                job.metadata.labels = serde_json::from_value(labels).unwrap();
+            }
+        }
+        world.see_pod("train", Some("small"), attempt, ended(1, "boom"));
+        let plan = world.step();
+        assert!(deletes(&plan).is_empty());
+        let plan = world.after(300);
+        let old: &[&str] = if attempt == 1 { &[] } else { &["tiny-small-t1"] };
+        assert_eq!((deletes(&plan), starts(&plan)), (old.to_vec(), vec![(Work::Train(0), attempt + 1)]));
+    }
 }
 
 #[test]
@@ -298,7 +436,7 @@ fn suspend_ends_the_pods_and_resume_goes_on_with_the_next_attempt() {
     let mut world = training(&[]);
     world.job.spec.suspend = true;
     let plan = world.step();
-    assert_eq!((stops(&plan), world.phase()), (vec!["tiny-small-t1"], Phase::Suspending));
+    assert_eq!((deletes(&plan), world.phase()), (vec!["tiny-small-t1"], Phase::Suspending));
     world.observed.jobs.clear();
     world.step();
     assert_eq!(world.phase(), Phase::Suspending);
@@ -343,8 +481,8 @@ fn a_lost_creation_is_repeated() {
 fn a_lost_deletion_is_repeated() {
     let mut world = training(&[]);
     world.observed.progress = None;
-    assert_eq!(stops(&world.after(1801)), ["tiny-small-t1"]);
-    assert_eq!(stops(&world.after(60)), ["tiny-small-t1"]);
+    assert_eq!(deletes(&world.after(1801)), ["tiny-small-t1"]);
+    assert_eq!(deletes(&world.after(60)), ["tiny-small-t1"]);
     world.observed.jobs.clear();
     world.observed.pods.clear();
     assert_eq!(starts(&world.step()), [(Work::Train(0), 2)]);
@@ -377,7 +515,7 @@ fn deadlines_and_time_to_live() {
     assert_eq!(world.phase(), Phase::Training);
     let plan = world.after(1);
     assert_eq!(
-        (stops(&plan), world.condition("Failed").1.as_str()),
+        (deletes(&plan), world.condition("Failed").1.as_str()),
         (vec!["tiny-small-t1"], "DeadlineExceeded")
     );
     assert!(!world.after(49).writes.contains(&Write::DeleteSelf));
@@ -397,7 +535,7 @@ fn an_unschedulable_pod_is_explained_and_has_a_deadline() {
     assert_eq!((status.as_str(), reason.as_str()), ("False", "Unschedulable"));
     assert!(message.contains("0/2 nodes"), "{message}");
     let plan = world.after(60);
-    assert_eq!(stops(&plan), ["tiny-data--t1"]);
+    assert_eq!(deletes(&plan), ["tiny-data--t1"]);
     assert!(world.condition("Failed").2.contains("0/2 nodes"));
 }
 

@@ -47,7 +47,8 @@ impl Default for EvaluationSpec {
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
 pub struct RunPolicy {
-    /// Seconds that the job may train, queues and suspensions not counted. Default: no limit.
+    /// Seconds that pods may be at work (status.activeSeconds): queues, starts and suspensions do not count. Default: no
+    /// limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 1))]
     pub active_deadline_seconds: Option<i64>,
