@@ -5,14 +5,17 @@ use std::fmt::Debug;
 use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use futures::FutureExt;
+use futures::future::ready;
+use futures::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::{Event, Namespace, Pod};
 use kube::api::{DeleteParams, ListParams, LogParams, PostParams};
-use kube::runtime::wait::{Condition, await_condition};
+use kube::runtime::wait::Condition;
+use kube::runtime::{WatchStreamExt, watcher::watch_object};
 use kube::{Api, Client, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -158,9 +161,15 @@ impl TestNamespace {
         K: 'static,
         K::DynamicType: Default,
     {
-        let waited = tokio::time::timeout(timeout, await_condition(self.api::<K>(), name, condition)).await;
-        match waited {
-            Ok(object) => object?.with_context(|| format!("{name} was deleted")),
+        // The API server may go and come back meanwhile.
+        let objects = watch_object(self.api::<K>(), name).default_backoff();
+        let mut matching = pin!(
+            objects
+                .filter_map(|object| ready(object.ok()))
+                .filter(|object| { ready(condition.matches_object(object.as_ref())) })
+        );
+        match tokio::time::timeout(timeout, matching.next()).await {
+            Ok(object) => object.flatten().with_context(|| format!("{name} was deleted")),
             Err(_) => bail!("{name}: not within {} s", timeout.as_secs()),
         }
     }

@@ -2,6 +2,8 @@
 //! the bits of a checkpoint.
 #![allow(dead_code, reason = "no test uses all of it")]
 
+pub mod jobs;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -82,6 +82,27 @@ fn end(daemons: &[Daemon]) -> Result<()> {
     Ok(())
 }
 
+/// Processes that stand still until this is dropped.
+pub struct Pause(Vec<Daemon>);
+
+/// Stops the processes started under `name`.
+pub fn pause(layout: &Layout, name: &str) -> Result<Pause> {
+    let pause = Pause(running_as(layout, name)?);
+    for daemon in &pause.0 {
+        pidfd_send_signal(&daemon.handle, Signal::STOP).with_context(|| format!("cannot pause {name}"))?;
+    }
+    Ok(pause)
+}
+
+impl Drop for Pause {
+    fn drop(&mut self) {
+        for daemon in &self.0 {
+            // An error means that it has ended meanwhile.
+            let _ = pidfd_send_signal(&daemon.handle, Signal::CONT);
+        }
+    }
+}
+
 /// Ends every process whose name `wanted` accepts, until none is left.
 pub fn end_all(layout: &Layout, wanted: impl Fn(&str) -> bool) -> Result<()> {
     loop {

@@ -363,6 +363,15 @@ impl Cluster {
         daemon::end_all(&self.layout, |name| name == component)
     }
 
+    /// A component of the control plane stands still for a while, as on an overloaded machine.
+    pub async fn pause_component(&self, component: &str, time: Duration) -> Result<()> {
+        check_component(component)?;
+        let pause = daemon::pause(&self.layout, component)?;
+        tokio::time::sleep(time).await;
+        drop(pause);
+        Ok(())
+    }
+
     /// Starts a component of the control plane that was stopped, and waits for the API server.
     pub async fn start_component(&self, component: &str) -> Result<()> {
         check_component(component)?;

@@ -1,0 +1,176 @@
+//! What tests of the operator share: the chart installed once, a job of two stages, and what an undisturbed run of it gives.
+
+use super::{job, newest_checkpoint, tensors, trainer, upload_corpus, write};
+use anyhow::{Context, Result};
+use growth_crds::GrowthTrainingJob;
+use growth_crds::status::Phase;
+use growth_tests::cluster::command::output;
+use growth_tests::testing::{Environment, TestNamespace};
+use growth_tests::{images, workspace};
+use k8s_openapi::api::core::v1::{Pod, Secret};
+use kube::api::ListParams;
+use kube::{Api, ResourceExt};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::process::Command;
+use std::time::Duration;
+
+pub const TIMEOUT: Duration = Duration::from_secs(180);
+pub const OPERATOR_NAMESPACE: &str = "growth-system";
+
+/// The cluster with the chart installed and the images of this work tree. Once for all tests of this program.
+pub async fn with_operator() -> Environment {
+    static INSTALLED: tokio::sync::Mutex<bool> = tokio::sync::Mutex::const_new(false);
+    let mut installed = INSTALLED.lock().await;
+    let environment = Environment::connect().await.unwrap();
+    if !*installed {
+        install(&environment).unwrap();
+        *installed = true;
+    }
+    environment
+}
+
+fn install(environment: &Environment) -> Result<()> {
+    if let Some(cluster) = &environment.cluster {
+        for program in images::PROGRAMS {
+            cluster.load_image(&images::build(program, &workspace().join("target/images"))?.path)?;
+        }
+    }
+    let mut helm =
+        environment.cluster.as_ref().map_or_else(|| Command::new("helm"), |cluster| cluster.helm());
+    helm.args(["upgrade", "--install", "growth-operator"]).arg(workspace().join("charts/growth-operator"));
+    // The CRD may have been applied by another test.
+    helm.args([
+        "--namespace",
+        OPERATOR_NAMESPACE,
+        "--create-namespace",
+        "--take-ownership",
+        "--force-conflicts",
+    ]);
+    if environment.cluster.is_some() {
+        // Tests take the other nodes down.
+        helm.args(["--set", "nodeSelector.kubernetes\\.io/hostname=n1"]);
+    }
+    for (key, program) in [("image", "growth-operator"), ("trainer.image", "growth-trainer")] {
+        let image = environment.image(program);
+        let (repository, tag) = image.rsplit_once(':').context("an image has a tag")?;
+        helm.args(["--set", &format!("{key}.repository={repository},{key}.tag={tag}")]);
+    }
+    output(&mut helm)?;
+    // The tag is the same for every build.
+    kubectl_operator(environment, "rollout restart deployment/growth-operator")?;
+    kubectl_operator(environment, "rollout status deployment/growth-operator --timeout=60s").map(drop)
+}
+
+/// Two stages: `steps` of the small one, then forty of the stacked one.
+pub fn two_stages(environment: &Environment, prefix: &str, runs: &str, endpoint: &str, steps: u64) -> Value {
+    let mut job = job(environment, prefix, runs, endpoint);
+    job["spec"]["stages"] = json!([
+        {"name": "small", "model": {"numHiddenLayers": 2}, "tokens": steps * 512},
+        {"name": "large", "growth": {"operator": "Stack", "factor": 2}, "tokens": 40 * 512},
+    ]);
+    job["spec"]["checkpoint"]["everyTokens"] = json!(steps * 512 / 10);
+    job
+}
+
+/// The bits of the last checkpoint of an undisturbed run on this machine.
+pub async fn expected(namespace: &TestNamespace, steps: u64) -> Result<BTreeMap<String, Vec<u8>>> {
+    let environment = &namespace.environment;
+    let folder = tempfile::tempdir()?;
+    let job = two_stages(environment, &namespace.name, "local", &environment.s3.endpoint, steps);
+    let file = write(folder.path(), "job.json", &job);
+    trainer(environment, &["run", file.to_str().unwrap(), "--quiet"])?;
+    let tensors = tensors(environment, &newest_checkpoint(namespace, "local", "large").await?).await?;
+    assert!(tensors.len() >= 2, "{:?}", tensors.keys());
+    Ok(tensors)
+}
+
+/// Applies the job after `change`; its corpus and its Secret are there before it.
+pub async fn submit(namespace: &TestNamespace, steps: u64, change: impl FnOnce(&mut Value)) -> Result<()> {
+    let environment = &namespace.environment;
+    let secret = BTreeMap::from(environment.s3.credentials());
+    namespace.create::<Secret>(json!({"metadata": {"name": "s3-keys"}, "stringData": secret})).await?;
+    upload_corpus(environment, &namespace.name).await?;
+    let endpoint = &environment.s3.endpoint_in_cluster;
+    let mut job = two_stages(environment, &namespace.name, "runs", endpoint, steps);
+    change(&mut job);
+    apply(namespace, &job)
+}
+
+pub fn apply(namespace: &TestNamespace, job: &Value) -> Result<()> {
+    namespace.kubectl().args(["apply", "--filename", "-"]).input(job.to_string()).run().map(drop)
+}
+
+/// `kubectl` in the namespace.
+pub fn kubectl(namespace: &TestNamespace, line: &str) -> Result<String> {
+    namespace.kubectl().args(line.split(' ')).run()
+}
+
+/// `kubectl` in the operator's namespace.
+pub fn kubectl_operator(environment: &Environment, line: &str) -> Result<String> {
+    environment.kubectl().args(["--namespace", OPERATOR_NAMESPACE]).args(line.split(' ')).run()
+}
+
+pub async fn wait(
+    namespace: &TestNamespace,
+    holds: impl Fn(&GrowthTrainingJob) -> bool + Send,
+) -> Result<GrowthTrainingJob> {
+    let condition =
+        move |job: Option<&GrowthTrainingJob>| job.is_some_and(|job| is_failed(job) || holds(job));
+    let job = namespace.wait("tiny", TIMEOUT, condition).await?;
+    assert!(!is_failed(&job), "{:#?}", job.status);
+    Ok(job)
+}
+
+pub fn is_failed(job: &GrowthTrainingJob) -> bool {
+    job.status.as_ref().and_then(|status| status.phase) == Some(Phase::Failed)
+}
+
+pub fn is_in(job: &GrowthTrainingJob, phase: Phase) -> bool {
+    job.status.as_ref().and_then(|status| status.phase) == Some(phase)
+}
+
+pub async fn final_tensors(
+    namespace: &TestNamespace,
+    job: &GrowthTrainingJob,
+) -> Result<BTreeMap<String, Vec<u8>>> {
+    let checkpoint = job.status.as_ref().unwrap().stages[1].checkpoint.as_ref().unwrap();
+    tensors(&namespace.environment, &checkpoint.uri).await
+}
+
+/// The small stage trains in this attempt.
+pub fn trains(attempt: i32) -> impl Fn(&GrowthTrainingJob) -> bool + Send {
+    move |job| {
+        is_in(job, Phase::Training)
+            && job.status.as_ref().is_some_and(|status| {
+                status.stages.len() == 1
+                    && status.stages[0].attempt.as_ref().is_some_and(|known| known.number == attempt)
+            })
+    }
+}
+
+/// The pod of an attempt at the small stage.
+pub async fn pod_of(namespace: &TestNamespace, attempt: i32) -> Result<Pod> {
+    let labels = format!("growth.dev/work=train,growth.dev/stage=small,growth.dev/attempt={attempt}");
+    let pods: Api<Pod> = namespace.api();
+    let found = pods.list(&ListParams::default().labels(&labels)).await?.items;
+    found.into_iter().next().context("no trainer pod")
+}
+
+/// Processes of a pod's trainer, wherever its node is: they are visible from here.
+pub fn trainer_processes(pod: &Pod) -> Result<Vec<String>> {
+    let uid = pod.uid().context("a pod has a uid")?;
+    let line = format!(
+        "for p in $(grep --files-with-matches {uid} /proc/[0-9]*/cgroup 2>/dev/null | cut -d/ -f3); do \
+         grep --quiet growth-trainer /proc/$p/comm 2>/dev/null && echo $p; done; true"
+    );
+    Ok(output(Command::new("sh").args(["-c", &line]))?.split_whitespace().map(String::from).collect())
+}
+
+/// Kills the trainer of the pod as the kernel's out-of-memory killer would.
+pub fn kill_trainer(pod: &Pod) -> Result<()> {
+    for process in trainer_processes(pod)? {
+        output(Command::new("kill").args(["-KILL", &process]))?;
+    }
+    Ok(())
+}

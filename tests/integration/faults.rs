@@ -1,0 +1,217 @@
+//! Nodes, storage and the control plane fail under a job: it ends in the bits of an undisturbed run, and nothing of it counts
+//! as a restart.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use anyhow::{Context, Result};
+use common::jobs::{
+    TIMEOUT, expected, final_tensors, is_in, kubectl, kubectl_operator, pod_of, submit, trainer_processes,
+    trains, wait, with_operator,
+};
+use common::s3;
+use futures::TryStreamExt;
+use growth_crds::GrowthTrainingJob;
+use growth_crds::protocol::CheckpointManifest;
+use growth_crds::status::{GrowthTrainingJobStatus, Phase};
+use growth_tests::cluster::Cluster;
+use growth_tests::s3_proxy::{Fault, FaultKind};
+use growth_tests::testing::{Environment, TestNamespace};
+use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::jiff::Timestamp;
+use kube::Api;
+use object_store::ObjectStore;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// These tests share nodes, storage and control plane.
+static CLUSTER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// Our own cluster; in another one nothing can be made to fail.
+async fn own_cluster() -> Option<(Environment, Cluster)> {
+    let environment = with_operator().await;
+    let cluster = environment.cluster.clone();
+    if cluster.is_none() {
+        eprintln!("left out: an external cluster cannot be made to fail");
+    }
+    Some((environment, cluster?))
+}
+
+fn status(job: &GrowthTrainingJob) -> &GrowthTrainingJobStatus {
+    job.status.as_ref().unwrap()
+}
+
+/// The small stage takes more than a minute, for it has little of a processor.
+fn slowly(job: &mut Value) {
+    job["spec"]["stages"][0]["template"] =
+        json!({"resources": {"requests": {"cpu": "100m"}, "limits": {"cpu": "150m", "memory": "256Mi"}}});
+    job["spec"]["checkpoint"]["keepLast"] = json!(1000);
+}
+
+/// Ends Complete, with no restart counted, in the bits of an undisturbed run.
+async fn ends_as_if_nothing_had_been(namespace: &TestNamespace, steps: u64) -> Result<GrowthTrainingJob> {
+    let job = wait(namespace, |job| is_in(job, Phase::Complete)).await?;
+    assert_eq!(status(&job).restarts, None, "{:#?}", status(&job));
+    assert!(final_tensors(namespace, &job).await? == expected(namespace, steps).await?, "other bits");
+    Ok(job)
+}
+
+fn node_of(pod: &Pod) -> Option<&str> {
+    pod.spec.as_ref()?.node_name.as_deref()
+}
+
+/// When Kubernetes noticed that the node does not answer.
+async fn unreachable_since(environment: &Environment, node: &str) -> Result<Timestamp> {
+    let node = Api::<Node>::all(environment.client.clone()).get(node).await?;
+    let conditions = node.status.and_then(|status| status.conditions).unwrap_or_default();
+    let ready = conditions.into_iter().find(|one| one.type_ == "Ready" && one.status == "Unknown");
+    ready.and_then(|one| one.last_transition_time).map(|time| time.0).context("the node is not unreachable")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_are_lost_drained_and_cut_off() -> Result<()> {
+    const STEPS: u64 = 1500;
+    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
+    let _cluster = CLUSTER.lock().await;
+    environment
+        .in_namespace("nodes", async |namespace| {
+            // The operator is on n1.
+            kubectl(namespace, "cordon n1")?;
+            submit(namespace, STEPS, slowly).await?;
+            wait(namespace, trains(1)).await?;
+            kubectl(namespace, "uncordon n1")?;
+            assert_eq!(node_of(&pod_of(namespace, 1).await?), Some("n2"));
+
+            // Lost for good, as far as the job is concerned.
+            cluster.kill_node(2)?;
+            let job = wait(namespace, trains(2)).await?;
+            let started = status(&job).stages[0].attempt.as_ref().unwrap().start_time.as_ref().unwrap().0;
+            let seconds = started.as_second() - unreachable_since(&environment, "n2").await?.as_second();
+            println!("the next attempt started {seconds} s after the node had become unreachable");
+            assert!(seconds <= 60, "{seconds} s");
+            assert_eq!(node_of(&pod_of(namespace, 2).await?), Some("n1"));
+            cluster.start_node(2).await?;
+
+            // Drained: the pods are evicted, write a checkpoint and go.
+            kubectl(
+                namespace,
+                "drain n1 --pod-selector=growth.dev/job=tiny --delete-emptydir-data --ignore-daemonsets",
+            )?;
+            wait(namespace, trains(3)).await?;
+            kubectl(namespace, "uncordon n1")?;
+
+            // Cut off from the API server, but not from S3: the old attempt trains on beside the new one.
+            let old = pod_of(namespace, 3).await?;
+            assert_eq!(node_of(&old), Some("n2"));
+            cluster.partition_node(2)?;
+            wait(namespace, trains(4)).await?;
+            assert!(!trainer_processes(&old)?.is_empty(), "the old attempt does not run any more");
+            let first = first_commit(namespace, 4).await?;
+            let deadline = Instant::now() + TIMEOUT;
+            while !trainer_processes(&old)?.is_empty() {
+                assert!(Instant::now() < deadline, "the fence does not end the old attempt");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            println!("the old attempt has ended, behind the fence");
+            for commit in commits(namespace).await?.iter().filter(|commit| commit.attempt == 3) {
+                assert!(commit.committed_at <= first, "attempt 3 commits after attempt 4: {commit:?}");
+            }
+            cluster.heal_node(2)?;
+
+            let job = ends_as_if_nothing_had_been(namespace, STEPS).await?;
+            assert_eq!(status(&job).stages[0].attempt.as_ref().unwrap().number, 4, "{:#?}", status(&job));
+            Ok(())
+        })
+        .await
+}
+
+/// Manifests of the small stage, of all attempts.
+async fn commits(namespace: &TestNamespace) -> Result<Vec<CheckpointManifest>> {
+    let store = s3(&namespace.environment);
+    let folder = format!("{}/runs/tiny/checkpoints/small", namespace.name);
+    let objects: Vec<_> = store.list(Some(&folder.into())).try_collect().await?;
+    let mut manifests = Vec::new();
+    for object in objects.iter().filter(|object| object.location.as_ref().ends_with("/manifest.json")) {
+        let bytes = object_store::ObjectStoreExt::get(&store, &object.location).await?.bytes().await?;
+        manifests.push(serde_json::from_slice(&bytes)?);
+    }
+    Ok(manifests)
+}
+
+/// When an attempt at the small stage first committed.
+async fn first_commit(namespace: &TestNamespace, attempt: u32) -> Result<Timestamp> {
+    let deadline = Instant::now() + TIMEOUT;
+    loop {
+        let all = commits(namespace).await?;
+        if let Some(first) = all.iter().filter(|one| one.attempt == attempt).map(|one| one.committed_at).min()
+        {
+            return Ok(first);
+        }
+        assert!(Instant::now() < deadline, "attempt {attempt} commits nothing");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+/// A minute without storage, in training and at the last commit of the stage.
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_is_away_for_a_minute() -> Result<()> {
+    const STEPS: u64 = 1500;
+    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
+    let _cluster = CLUSTER.lock().await;
+    environment
+        .in_namespace("storage", async |namespace| {
+            submit(namespace, STEPS, |_| ()).await?;
+            wait(namespace, trains(1)).await?;
+            cluster.set_s3_faults(&[Fault::always(FaultKind::Drop)])?;
+            let injected = cluster.s3_faults_injected();
+            tokio::time::sleep(Duration::from_secs(60)).await;
+            let job = Api::<GrowthTrainingJob>::namespaced(environment.client.clone(), &namespace.name)
+                .get("tiny")
+                .await?;
+            assert!(status(&job).stages[0].completion_time.is_none(), "the stage was over before");
+            assert!(cluster.s3_faults_injected() > injected, "nobody asked for anything");
+            cluster.set_s3_faults(&[])?;
+            let job = ends_as_if_nothing_had_been(namespace, STEPS).await?;
+            assert_eq!(status(&job).stages[0].attempt.as_ref().unwrap().number, 1);
+            Ok(())
+        })
+        .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_control_plane_fails_and_the_operator_is_away() -> Result<()> {
+    const STEPS: u64 = 1500;
+    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
+    let _cluster = CLUSTER.lock().await;
+    environment
+        .in_namespace("control-plane", async |namespace| {
+            submit(namespace, STEPS, slowly).await?;
+            wait(namespace, trains(1)).await?;
+            // Its Job is deleted by hand.
+            kubectl(namespace, "delete job tiny-small-t1")?;
+            wait(namespace, trains(2)).await?;
+
+            // The API server dies and comes back; etcd stands still for a while, and again.
+            cluster.stop_component("kube-apiserver")?;
+            cluster.start_component("kube-apiserver").await?;
+            for _ in 0..3 {
+                cluster.pause_component("etcd", Duration::from_secs(3)).await?;
+                wait(namespace, |job| !is_in(job, Phase::Restarting)).await?;
+            }
+            wait(namespace, trains(2)).await?;
+
+            // The operator is away while the stage ends.
+            kubectl_operator(&environment, "scale deployment growth-operator --replicas=0")?;
+            let is_complete = |job: Option<&Job>| {
+                let conditions = job.and_then(|job| job.status.as_ref()?.conditions.as_ref());
+                conditions.is_some_and(|all| all.iter().any(|one| one.type_ == "Complete"))
+            };
+            namespace.wait::<Job>("tiny-small-t2", TIMEOUT, is_complete).await?;
+            kubectl_operator(&environment, "scale deployment growth-operator --replicas=1")?;
+            let job = ends_as_if_nothing_had_been(namespace, STEPS).await?;
+            assert_eq!(status(&job).stages[0].attempt.as_ref().unwrap().number, 2, "{:#?}", status(&job));
+            Ok(())
+        })
+        .await
+}
