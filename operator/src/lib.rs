@@ -8,5 +8,7 @@ pub mod decide;
 pub mod draft;
 pub mod failure;
 pub mod health;
+pub mod leader;
+pub mod metrics;
 pub mod names;
 pub mod observed;
