@@ -116,6 +116,9 @@ fn controller_manager(layout: &Layout, network: Network) -> Vec<String> {
         format!("--root-ca-file={}", pki.join("ca.crt").display()),
         "--use-service-account-credentials=true".into(),
         "--leader-elect=false".into(),
+        // 20 calls a second by default: a thousand Jobs would take minutes.
+        "--kube-api-qps=500".into(),
+        "--kube-api-burst=1000".into(),
         // 40 s by default; tests lose nodes often.
         "--node-monitor-grace-period=20s".into(),
         "--profiling=false".into(),
@@ -126,6 +129,8 @@ fn scheduler(layout: &Layout, network: Network) -> Vec<String> {
     vec![
         format!("--kubeconfig={}", layout.pki().join("kube-scheduler.kubeconfig").display()),
         format!("--bind-address={}", network.loopback()),
+        "--kube-api-qps=500".into(),
+        "--kube-api-burst=1000".into(),
         "--leader-elect=false".into(),
         "--profiling=false".into(),
     ]
