@@ -1,10 +1,11 @@
 //! Watches jobs and their children, and runs observe -> decide -> apply for each job that something happened to.
 
 use crate::apply::{ApplyError, Writer};
+use crate::cache::{Children, owner_of};
 use crate::decide::job_to_ask;
 use crate::health::{Health, LONGEST_PAUSE};
 use crate::metrics::{Metrics, WatchKind};
-use crate::names::{LABEL_JOB, MANAGER};
+use crate::names::MANAGER;
 use crate::observed::Observed;
 use backon::{BackoffBuilder, ExponentialBackoff, ExponentialBuilder};
 use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future, stream};
@@ -28,7 +29,7 @@ const CONCURRENCY: u16 = 16;
 /// tried again.
 const DEBOUNCE: Duration = Duration::from_millis(200);
 /// Objects that come in one answer when all are listed: what is held twice for a moment.
-const PAGE: u32 = 100;
+const PAGE: u32 = 50;
 /// For rank 0 to answer.
 const PROGRESS_TIMEOUT: Duration = Duration::from_secs(2);
 /// A reconcile that hangs is ended, and counts as failed. Any part of it may be repeated.
@@ -63,8 +64,8 @@ pub struct Telemetry {
 /// What reconciling needs.
 pub struct Context {
     writer: Writer,
-    jobs: Store<Job>,
-    pods: Store<Pod>,
+    jobs: Arc<Children<Job>>,
+    pods: Arc<Children<Pod>>,
     http: reqwest::Client,
     metrics: Arc<Metrics>,
     waits: Arc<Waits>,
@@ -103,12 +104,6 @@ where
     }
 }
 
-/// What a child belongs to, by its label. The uid is checked when it is observed.
-fn owner_of<K: Resource>(child: &K) -> Option<ObjectRef<GrowthTrainingJob>> {
-    let name = child.labels().get(LABEL_JOB)?;
-    Some(ObjectRef::new(name).within(&child.namespace()?))
-}
-
 /// Of each watch its own: one that fails does not hold up the others. Half of [`LONGEST_PAUSE`], and up to as much again
 /// by jitter.
 fn watch_back_off() -> watcher::ExponentialBackoff {
@@ -138,25 +133,32 @@ fn prune_pod(pod: &mut Pod) {
     pod.spec = Some(PodSpec { node_name, ..PodSpec::default() });
 }
 
-/// Watches children of one kind into a store; yields the jobs that they belong to.
+/// Watches children of one kind into a cache; yields the jobs that they belong to.
 fn children<K>(
     api: Api<K>,
     kind: WatchKind,
     prune: fn(&mut K),
     telemetry: Telemetry,
-) -> (Store<K>, impl Stream<Item = Result<ReconcileRequest<GrowthTrainingJob>, watcher::Error>>)
+) -> (Arc<Children<K>>, impl Stream<Item = Result<ReconcileRequest<GrowthTrainingJob>, watcher::Error>>)
 where
     K: Resource<DynamicType = ()> + Clone + Debug + serde::de::DeserializeOwned + Send + Sync + 'static,
 {
-    let (reader, writer) = store();
+    let children = Arc::new(Children::default());
+    let known = children.clone();
     let config =
         watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={MANAGER}")).page_size(PAGE);
-    let watched = watcher(api, config).modify(prune).inspect(move |event| telemetry.saw(kind, event));
-    let touched = reflector(writer, watched)
+    let touched = watcher(api, config)
+        .modify(prune)
+        .inspect(move |event| {
+            telemetry.saw(kind, event);
+            if let Ok(event) = event {
+                known.apply(event);
+            }
+        })
         .backoff(watch_back_off())
         .touched_objects()
         .try_filter_map(|child| future::ready(Ok(owner_of(&child).map(ReconcileRequest::from))));
-    (reader, touched)
+    (children, touched)
 }
 
 /// Watches the jobs into a store; yields them.
@@ -240,6 +242,9 @@ pub fn controller(
 }
 
 async fn reconcile(job: Arc<GrowthTrainingJob>, context: Arc<Context>) -> Result<Action, ReconcileError> {
+    // Else a new operator would take every Job for deleted.
+    context.jobs.wait_until_known().await;
+    context.pods.wait_until_known().await;
     let started = Instant::now();
     let ended = tokio::time::timeout(RECONCILE_TIMEOUT, reconcile_once(&job, &context)).await;
     let result = ended.unwrap_or(Err(ReconcileError::Timeout));
@@ -271,9 +276,9 @@ fn on_error(job: Arc<GrowthTrainingJob>, error: &ReconcileError, context: Arc<Co
     Action::requeue(wait)
 }
 
-/// What the stores hold of this job's children, and what its trainer says.
+/// What is known of this job's children, and what its trainer says.
 async fn observe(job: &GrowthTrainingJob, context: &Context) -> Observed {
-    let mut observed = Observed::of(job, context.jobs.state(), context.pods.state());
+    let mut observed = Observed::of(job, context.jobs.of(job), context.pods.of(job));
     observed.progress = ask_for_progress(job, &observed.pods, context).await;
     observed
 }

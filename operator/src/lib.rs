@@ -2,6 +2,7 @@
 //! rest sees and does.
 
 pub mod apply;
+pub mod cache;
 pub mod children;
 pub mod controller;
 pub mod decide;

@@ -88,6 +88,20 @@ pub enum Category {
     Timeout,
 }
 
+impl Category {
+    const ALL: [Self; 9] = [
+        Self::Conflict,
+        Self::Refused,
+        Self::NameTaken,
+        Self::Forbidden,
+        Self::ServerError,
+        Self::OtherAnswer,
+        Self::Unreachable,
+        Self::Json,
+        Self::Timeout,
+    ];
+}
+
 /// The category of an error.
 pub fn category(error: &ReconcileError) -> Category {
     match error {
@@ -118,6 +132,10 @@ pub enum Transition {
     Failed,
 }
 
+impl Transition {
+    const ALL: [Self; 4] = [Self::Began, Self::Grown, Self::Complete, Self::Failed];
+}
+
 /// Why an attempt was followed by another one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub enum Cause {
@@ -137,6 +155,19 @@ pub enum Cause {
     OutOfMemory,
     /// Its trainer failed, or anything else.
     Error,
+}
+
+impl Cause {
+    const ALL: [Self; 8] = [
+        Self::Disruption,
+        Self::Stopped,
+        Self::Resumed,
+        Self::JobDeleted,
+        Self::PodsLost,
+        Self::Stalled,
+        Self::OutOfMemory,
+        Self::Error,
+    ];
 }
 
 /// The cause behind the reason of a stage's last failure.
@@ -334,8 +365,22 @@ impl Metrics {
         );
         registry.register_collector(Box::new(Jobs(self.training_jobs.clone())));
         registry.register_collector(Box::new(Process));
+        self.begin_at_zero();
+    }
+
+    /// A counter that appears with its first event has no rate then.
+    fn begin_at_zero(&self) {
         for kind in WatchKind::ALL {
             self.watch_errors.get_or_create(&OfKind { kind }).inc_by(0);
+        }
+        for category in Category::ALL {
+            self.failures.get_or_create(&OfCategory { category }).inc_by(0);
+        }
+        for result in Transition::ALL {
+            self.transitions.get_or_create(&OfResult { result }).inc_by(0);
+        }
+        for cause in Cause::ALL {
+            self.restarts.get_or_create(&OfCause { cause }).inc_by(0);
         }
     }
 
@@ -445,7 +490,7 @@ impl Collector for Process {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use kube::CustomResourceExt;
@@ -525,13 +570,17 @@ mod tests {
         assert_eq!(changes(old(), old()).restarts, []);
     }
 
-    fn job(status: Value) -> GrowthTrainingJob {
+    pub(crate) fn job(status: Value) -> GrowthTrainingJob {
         serde_json::from_value(json!({
             "apiVersion": "growth.dev/v1alpha1", "kind": "GrowthTrainingJob",
             "metadata": {"name": "j", "namespace": "n", "uid": "u"},
             "spec": {
                 "model": {"hiddenSize": 64, "intermediateSize": 176, "numAttentionHeads": 4},
-                "data": {"train": [{"uri": "s3://b/*.txt"}]},
+                "data": {
+                    "train": [{"uri": "s3://b/*.txt"}],
+                    "validation": [{"uri": "s3://b/v.txt"}],
+                    "tokenizer": {"train": {"vocabSize": 512}},
+                },
                 "storage": {"uri": "s3://b/runs"},
                 "training": {"sequenceLength": 64, "globalBatchTokens": 512},
                 "stages": [{"name": "s", "model": {"numHiddenLayers": 2}, "tokens": 512}],
@@ -588,10 +637,9 @@ mod tests {
         let (old, new) = (event(training(1, "")), event(training(2, "OOMKilled")));
         metrics.leads(store.clone());
         for event in [old, new] {
-            let event = Ok(event);
-            metrics.saw(WatchKind::GrowthTrainingJob, &event);
-            metrics.job_changed(&store, &event);
-            writer.apply_watcher_event(&event.unwrap());
+            metrics.saw(WatchKind::GrowthTrainingJob, &Ok(event.clone()));
+            metrics.job_changed(&store, &Ok(event.clone()));
+            writer.apply_watcher_event(&event);
         }
         metrics.saw(WatchKind::Pod, &Err::<watcher::Event<()>, _>(watcher::Error::NoResourceVersion));
         metrics.reconciled(Duration::from_millis(3), Some(&ReconcileError::Timeout));
@@ -604,6 +652,8 @@ mod tests {
             "growth_operator_watch_errors_total{kind=\"Job\"} 0",
             "growth_operator_leader 1",
             "growth_restarts_total{cause=\"OutOfMemory\"} 1",
+            "growth_restarts_total{cause=\"Stalled\"} 0",
+            "growth_stage_transitions_total{result=\"Complete\"} 0",
             "growth_jobs{phase=\"Pending\"} 1",
             "growth_jobs{phase=\"Failed\"} 0",
         ] {

@@ -352,7 +352,7 @@ fn print(title: &str, figures: &[(&str, String)]) {
     for (name, value) in figures {
         table.add_row([name, value.as_str()]);
     }
-    println!("{table}");
+    eprintln!("{table}");
 }
 
 fn seconds(duration: Duration) -> String {
