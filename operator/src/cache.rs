@@ -10,19 +10,19 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock, RwLockWriteGuard};
 use tokio::sync::SetOnce;
 
-/// Children by name, of each job.
+/// ChildCache by name, of each job.
 type Families<K> = HashMap<ObjectRef<GrowthTrainingJob>, BTreeMap<String, Arc<K>>>;
 
-/// Children of one kind, kept by the events of a watch.
+/// ChildCache of one kind, kept by the events of a watch.
 #[derive(Debug)]
-pub struct Children<K> {
+pub struct ChildCache<K> {
     known: RwLock<Families<K>>,
     /// What a listing that is not complete yet has brought.
     listed: RwLock<Families<K>>,
     is_known: SetOnce<()>,
 }
 
-impl<K> Default for Children<K> {
+impl<K> Default for ChildCache<K> {
     fn default() -> Self {
         Self { known: RwLock::default(), listed: RwLock::default(), is_known: SetOnce::new() }
     }
@@ -34,7 +34,7 @@ pub fn owner_of<K: Resource>(child: &K) -> Option<ObjectRef<GrowthTrainingJob>> 
     Some(ObjectRef::new(name).within(&child.namespace()?))
 }
 
-impl<K: Resource + Clone> Children<K> {
+impl<K: Resource + Clone> ChildCache<K> {
     /// Takes note of an event.
     pub fn apply(&self, event: &Event<K>) {
         match event {
@@ -96,7 +96,7 @@ mod tests {
         serde_json::from_value(json!({"metadata": metadata})).unwrap()
     }
 
-    fn names(children: &Children<Pod>, namespace: &str, job: &str) -> Vec<String> {
+    fn names(children: &ChildCache<Pod>, namespace: &str, job: &str) -> Vec<String> {
         let mut object = crate::metrics::tests::job(json!({}));
         (object.metadata.namespace, object.metadata.name) = (Some(namespace.into()), Some(job.into()));
         children.of(&object).iter().map(|pod| pod.name_any()).collect()
@@ -104,7 +104,7 @@ mod tests {
 
     #[test]
     fn a_job_finds_its_own_children() {
-        let children = Children::default();
+        let children = ChildCache::default();
         for (namespace, job, name) in [("n", "a", "p"), ("n", "a", "q"), ("n", "b", "r"), ("m", "a", "s")] {
             children.apply(&Event::Apply(pod(namespace, job, name)));
         }
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn a_listing_replaces_what_was_known_once_it_is_complete() {
-        let children = Children::default();
+        let children = ChildCache::default();
         children.apply(&Event::Apply(pod("n", "a", "old")));
         children.apply(&Event::Init);
         children.apply(&Event::InitApply(pod("n", "a", "lost")));

@@ -1,7 +1,7 @@
 //! Watches jobs and their children, and runs observe -> decide -> apply for each job that something happened to.
 
 use crate::apply::{ApplyError, Writer};
-use crate::cache::{Children, owner_of};
+use crate::cache::{ChildCache, owner_of};
 use crate::decide::job_to_ask;
 use crate::health::{Health, LONGEST_PAUSE};
 use crate::metrics::{Metrics, WatchKind};
@@ -12,7 +12,7 @@ use futures::{FutureExt, Stream, StreamExt, TryStreamExt, future, stream};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::protocol::{Progress, contract};
 use jiff::Timestamp;
-use k8s_openapi::api::batch::v1::Job;
+use k8s_openapi::api::batch::v1::{Job, JobSpec};
 use k8s_openapi::api::core::v1::{Pod, PodSpec};
 use kube::runtime::controller::{Action, Config as ControllerConfig, ReconcileRequest};
 use kube::runtime::reflector::{ObjectRef, Store, store};
@@ -64,8 +64,8 @@ pub struct Telemetry {
 /// What reconciling needs.
 pub struct Context {
     writer: Writer,
-    jobs: Arc<Children<Job>>,
-    pods: Arc<Children<Pod>>,
+    jobs: Arc<ChildCache<Job>>,
+    pods: Arc<ChildCache<Pod>>,
     http: reqwest::Client,
     metrics: Arc<Metrics>,
     waits: Arc<Waits>,
@@ -124,7 +124,9 @@ fn prune<K: Resource>(object: &mut K) {
 
 fn prune_job(job: &mut Job) {
     prune(job);
-    job.spec = None;
+    // A queue suspends it.
+    let suspend = job.spec.take().and_then(|spec| spec.suspend);
+    job.spec = Some(JobSpec { suspend, ..JobSpec::default() });
 }
 
 fn prune_pod(pod: &mut Pod) {
@@ -139,11 +141,11 @@ fn children<K>(
     kind: WatchKind,
     prune: fn(&mut K),
     telemetry: Telemetry,
-) -> (Arc<Children<K>>, impl Stream<Item = Result<ReconcileRequest<GrowthTrainingJob>, watcher::Error>>)
+) -> (Arc<ChildCache<K>>, impl Stream<Item = Result<ReconcileRequest<GrowthTrainingJob>, watcher::Error>>)
 where
     K: Resource<DynamicType = ()> + Clone + Debug + serde::de::DeserializeOwned + Send + Sync + 'static,
 {
-    let children = Arc::new(Children::default());
+    let children = Arc::new(ChildCache::default());
     let known = children.clone();
     let config =
         watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={MANAGER}")).page_size(PAGE);

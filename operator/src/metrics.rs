@@ -182,8 +182,9 @@ fn cause_of(reason: &str) -> Cause {
         | "Preempting"
         | "NodeLost"
         | "NodeShutdown"
-        | "Terminated" => Cause::Disruption,
-        "Stopped" => Cause::Stopped,
+        | "Terminated"
+        | "DisruptionTarget"
+        | "NodeUnreachable" => Cause::Disruption,
         "JobDeleted" => Cause::JobDeleted,
         "OutcomeLost" | "PodsLost" => Cause::PodsLost,
         "Stalled" => Cause::Stalled,
@@ -212,11 +213,15 @@ impl Changes {
             changes.transitions.extend(transitions(before, stage));
             let is_restarted = is_followed(&before.attempt, &stage.attempt)
                 || is_followed(&before.transform, &stage.transform);
-            let reason = stage.last_failure.as_ref().map_or("", |failure| &failure.reason);
-            match is_restarted {
-                true if was_suspended => changes.restarts.push(Cause::Resumed),
-                true => changes.restarts.push(cause_of(reason)),
-                false => {}
+            if is_restarted {
+                changes.restarts.push(match &stage.last_failure {
+                    _ if was_suspended => Cause::Resumed,
+                    Some(failure) if before.last_failure.as_ref() != Some(failure) => {
+                        cause_of(&failure.reason)
+                    }
+                    // It was asked to, and that is no failure.
+                    _ => Cause::Stopped,
+                });
             }
         }
         if is_followed(&old.data, &new.data) {
@@ -547,13 +552,15 @@ pub(crate) mod tests {
             ("Stalled", Cause::Stalled),
             ("JobDeleted", Cause::JobDeleted),
             ("OutcomeLost", Cause::PodsLost),
-            ("Stopped", Cause::Stopped),
+            ("NodeUnreachable", Cause::Disruption),
             ("SomethingNew", Cause::Error),
         ];
         for (reason, cause) in cases {
-            assert_eq!(changes(training(1, "OOMKilled"), training(2, reason)).restarts, [cause], "{reason}");
+            assert_eq!(changes(training(1, "Before"), training(2, reason)).restarts, [cause], "{reason}");
             assert_eq!(changes(training(2, reason), training(2, reason)).restarts, [], "{reason}");
         }
+        // Nothing has failed since.
+        assert_eq!(changes(training(1, "Error"), training(2, "Error")).restarts, [Cause::Stopped]);
         assert_eq!(changes(json!({}), training(3, "Error")).restarts, [], "the first attempt follows none");
         let mut suspended = training(1, "");
         suspended["phase"] = json!("Suspended");
