@@ -197,8 +197,6 @@ fn start(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work)
     }
     draft.set(ConditionType::Running, Reason::PodsStarting, format!("starting {}", attempt.job_name));
     draft.phase(phase_of_start(work));
-    // If the Job is not seen by then, its creation was lost.
-    draft.requeue_after(10);
 }
 
 fn wait_to_start(draft: &mut Draft<'_>, number: i32, others_live: bool, wait: i64) {

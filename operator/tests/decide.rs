@@ -488,6 +488,15 @@ fn a_lost_deletion_is_repeated() {
     assert_eq!(starts(&world.step()), [(Work::Train(0), 2)]);
 }
 
+/// A leader that had lost its lease in the middle of a write made a Job that was over for the one that followed it.
+#[test]
+fn what_another_leader_has_left_is_ended() {
+    let mut world = training(&[]);
+    world.see_job("tiny-small-t0", &[]);
+    assert_eq!(deletes(&world.step()), ["tiny-small-t0"]);
+    assert_eq!(world.phase(), Phase::Training);
+}
+
 #[test]
 fn an_outcome_that_nobody_has_read_is_asked_for_again() {
     let mut world = training(&[]);

@@ -20,7 +20,8 @@ use growth_tests::testing::{Environment, TestNamespace};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::jiff::Timestamp;
-use kube::Api;
+use kube::api::ListParams;
+use kube::{Api, ResourceExt};
 use object_store::ObjectStore;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
@@ -214,4 +215,59 @@ async fn the_control_plane_fails_and_the_operator_is_away() -> Result<()> {
             Ok(())
         })
         .await
+}
+
+/// Each stage on its own pool, and nothing else there: neither what needs no GPU, nor the other stage.
+#[tokio::test(flavor = "multi_thread")]
+async fn stages_land_on_their_own_pools() -> Result<()> {
+    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
+    if cluster.nodes() < 3 {
+        eprintln!("left out: two GPU pools and a node without GPUs need three nodes");
+        return Ok(());
+    }
+    let _cluster = CLUSTER.lock().await;
+    environment
+        .in_namespace("pools", async |namespace| {
+            for (number, pool) in [(2, "small"), (3, "large")] {
+                cluster.set_gpus(number, 8).await?;
+                kubectl(namespace, &format!("label node n{number} pool={pool}"))?;
+                kubectl(namespace, &format!("taint node n{number} nvidia.com/gpu=present:NoSchedule"))?;
+            }
+            let pool = |name: &str, gpus: u32| {
+                json!({
+                    "nodeSelector": {"pool": name},
+                    "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
+                    "resources": {"limits": {"nvidia.com/gpu": gpus.to_string()}},
+                })
+            };
+            submit(namespace, 40, |job| {
+                job["spec"]["stages"][0]["template"] = pool("small", 1);
+                job["spec"]["stages"][1]["template"] = pool("large", 8);
+            })
+            .await?;
+            wait(namespace, |job| is_in(job, Phase::Complete)).await?;
+            let pods = Api::<Pod>::namespaced(environment.client.clone(), &namespace.name);
+            let mut placed = Vec::new();
+            for pod in pods.list(&ListParams::default()).await?.items {
+                let label = |name: &str| pod.labels().get(name).cloned().unwrap_or_default();
+                let is_protected = pod.annotations().contains_key("karpenter.sh/do-not-disrupt")
+                    && pod.annotations().contains_key("cluster-autoscaler.kubernetes.io/safe-to-evict");
+                assert_eq!(is_protected, label("growth.dev/work") == "train");
+                placed.push(
+                    [label("growth.dev/work"), label("growth.dev/stage"), node_of(&pod).unwrap().to_owned()]
+                        .join(" "),
+                );
+            }
+            placed.sort();
+            assert_eq!(placed, ["data  n1", "train large n3", "train small n2", "transform large n1"]);
+            Ok(())
+        })
+        .await?;
+    for number in [2, 3] {
+        cluster.set_gpus(number, 0).await?;
+        for line in ["label node n{} pool-", "taint node n{} nvidia.com/gpu-"] {
+            environment.kubectl().args(line.replace("{}", &number.to_string()).split(' ')).run()?;
+        }
+    }
+    Ok(())
 }
