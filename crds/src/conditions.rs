@@ -6,11 +6,11 @@ use std::fmt;
 pub const MAX_CONDITIONS: usize = 16;
 
 macro_rules! words {
-    ($(#[$attribute:meta])* $name:ident { $($(#[$variant_attribute:meta])* $variant:ident,)* }) => {
+    ($(#[$attribute:meta])* $name:ident { $($(#[doc = $doc:literal])* $variant:ident,)* }) => {
         $(#[$attribute])*
         #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
         pub enum $name {
-            $($(#[$variant_attribute])* $variant,)*
+            $($(#[doc = $doc])* $variant,)*
         }
 
         impl $name {
@@ -22,9 +22,9 @@ macro_rules! words {
                 match self { $(Self::$variant => stringify!($variant),)* }
             }
 
-            /// The member with this word.
-            pub fn from_word(word: &str) -> Option<Self> {
-                Self::ALL.iter().copied().find(|member| member.as_str() == word)
+            /// What it means: the text beside its definition.
+            pub fn meaning(self) -> &'static str {
+                match self { $(Self::$variant => concat!($($doc),*).trim_start(),)* }
             }
         }
 
@@ -51,8 +51,6 @@ words! {
         Progressing,
         /// There is a committed checkpoint to go on from.
         CheckpointAvailable,
-        /// The attempt ends so that the next one has another size.
-        Scaling,
         /// All stages are complete. Final.
         Complete,
         /// The job ended without finishing. Final.
@@ -69,8 +67,6 @@ words! {
         InvalidSpec,
         /// Not accepted: the API server refuses the pods that the template describes.
         InvalidTemplate,
-        /// Not accepted: managedBy names another controller.
-        ManagedElsewhere,
         /// Suspended, or not running for that reason.
         Suspended,
         /// No longer suspended.
@@ -111,20 +107,6 @@ words! {
         Committed,
         /// None has been written yet.
         NoCheckpointYet,
-        /// The last one could not be written.
-        CommitFailed,
-        /// Its content is not what its manifest says.
-        DigestMismatch,
-        /// A larger size was asked for.
-        ScaleUpRequested,
-        /// A smaller size was asked for.
-        ScaleDownRequested,
-        /// The size is the wanted one.
-        Stable,
-        /// A larger size waits for scaleUpDelaySeconds.
-        HeldByDelay,
-        /// The queue does not grant a larger size.
-        QuotaDenied,
         /// All stages are complete.
         AllStagesCompleted,
         /// More restarts than failurePolicy.maxRestarts.
@@ -133,16 +115,12 @@ words! {
         DeadlineExceeded,
         /// Not ready within runPolicy.startupDeadlineSeconds.
         StartupDeadlineExceeded,
-        /// No step within runPolicy.progressDeadlineSeconds.
-        ProgressDeadlineExceeded,
         /// A growth step failed.
         TransformFailed,
         /// A failure rule says FailJob.
         FailurePolicyRule,
         /// A pod found the job or its files at fault; the message is its own.
         InvalidInput,
-        /// No intact checkpoint is left.
-        CheckpointCorrupt,
     }
 }
 
@@ -158,25 +136,29 @@ impl ConditionType {
             Self::Running => &[R::TrainersReady, R::TransformRunning],
             Self::Progressing => &[R::StepsAdvancing],
             Self::CheckpointAvailable => &[R::Committed],
-            Self::Scaling => &[R::ScaleUpRequested, R::ScaleDownRequested],
             Self::Complete => &[R::AllStagesCompleted],
             Self::Failed => &[
                 R::MaxRestartsExceeded,
                 R::DeadlineExceeded,
                 R::StartupDeadlineExceeded,
-                R::ProgressDeadlineExceeded,
                 R::TransformFailed,
                 R::FailurePolicyRule,
                 R::InvalidInput,
-                R::CheckpointCorrupt,
             ],
+        }
+    }
+
+    const fn other_status(self) -> &'static str {
+        match self {
+            Self::Progressing => "False, Unknown",
+            _ => "False",
         }
     }
 
     /// Reasons with which the condition may be False or Unknown.
     pub const fn other_reasons(self) -> &'static [Reason] {
         match self {
-            Self::Accepted => &[R::InvalidSpec, R::InvalidTemplate, R::ManagedElsewhere],
+            Self::Accepted => &[R::InvalidSpec, R::InvalidTemplate],
             Self::Suspended => &[R::Resumed],
             Self::PodsScheduled => &[
                 R::WaitingForQuota,
@@ -194,11 +176,35 @@ impl ConditionType {
                 R::Finished,
             ],
             Self::Progressing => &[R::Stalled, R::NotReported],
-            Self::CheckpointAvailable => &[R::NoCheckpointYet, R::CommitFailed, R::DigestMismatch],
-            Self::Scaling => &[R::Stable, R::HeldByDelay, R::QuotaDenied],
+            Self::CheckpointAvailable => &[R::NoCheckpointYet],
             Self::Complete | Self::Failed => &[],
         }
     }
+}
+
+const INTRODUCTION: &str = "\
+<!-- Generated from crds/src/conditions.rs by `cargo run -p growth-crds --bin crdgen`; do not edit. -->
+
+# Conditions and reasons
+
+What `kubectl describe gtj` shows and scripts wait on (`kubectl wait gtj/NAME --for=condition=Complete`). A condition that
+was set once stays; its transition time changes with its status only. The message beside a reason is for people and may
+change.
+";
+
+/// `docs/conditions.md`.
+pub fn conditions_page() -> String {
+    let rows = ConditionType::ALL.iter().flat_map(|condition| {
+        let reasons = |list: &'static [Reason], status: &'static str| {
+            list.iter().map(move |reason| format!("| `{reason}` | {status} | {} |\n", reason.meaning()))
+        };
+        let title =
+            format!("\n## {condition}\n\n{}\n\n| reason | status | |\n|---|---|---|\n", condition.meaning());
+        std::iter::once(title)
+            .chain(reasons(condition.true_reasons(), "True"))
+            .chain(reasons(condition.other_reasons(), condition.other_status()))
+    });
+    INTRODUCTION.to_owned() + &rows.collect::<String>()
 }
 
 #[cfg(test)]
@@ -216,11 +222,13 @@ mod tests {
     }
 
     #[test]
-    fn words_read_back() {
-        for condition in ConditionType::ALL {
-            assert_eq!(ConditionType::from_word(&condition.to_string()), Some(*condition));
-        }
-        assert_eq!(Reason::from_word("Nonsense"), None);
+    fn there_are_not_too_many() {
         assert!(ConditionType::ALL.len() <= MAX_CONDITIONS);
+    }
+
+    #[test]
+    fn a_meaning_is_the_text_beside_the_definition() {
+        assert_eq!(Reason::Valid.meaning(), "Accepted: the spec is valid.");
+        assert!(Reason::ALL.iter().all(|reason| reason.meaning().ends_with('.')));
     }
 }

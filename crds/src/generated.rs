@@ -1,5 +1,6 @@
 //! Files in this repository that are generated from the types.
 
+use crate::conditions::conditions_page;
 use crate::crd::crd_yaml;
 use crate::reference::job_format;
 use std::path::Path;
@@ -24,6 +25,7 @@ pub fn files(root: &Path) -> Result<Vec<GeneratedFile>, Box<dyn std::error::Erro
     let example = std::fs::read_to_string(root.join(EXAMPLE))?;
     Ok(vec![
         GeneratedFile { path: "crds/growthtrainingjobs.yaml", content: crd_yaml()? },
+        GeneratedFile { path: "docs/conditions.md", content: conditions_page() },
         GeneratedFile { path: "docs/job-format.md", content: job_format(&example)? },
     ])
 }

@@ -64,8 +64,8 @@ pub struct GrowthTrainingJobStatus {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub stages: Vec<StageStatus>,
-    /// Kubernetes conditions: Accepted, Suspended, PodsScheduled, Running, Progressing, CheckpointAvailable, Scaling,
-    /// Complete, Failed.
+    /// Kubernetes conditions: Accepted, Suspended, PodsScheduled, Running, Progressing, CheckpointAvailable, Complete,
+    /// Failed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), schema_with = "without_descriptions::<Vec<Condition>>")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -92,8 +92,6 @@ pub enum Phase {
     Committing,
     /// An attempt ended and the next one is being prepared.
     Restarting,
-    /// The attempt ends so that the next one has another size.
-    Scaling,
     /// The attempt ends because the job is to be suspended.
     Suspending,
     /// Suspended; holds no pods.

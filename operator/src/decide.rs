@@ -332,7 +332,7 @@ fn ended(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work,
     match work {
         Work::Data => {
             for (index, stage) in draft.job.spec.stages.iter().enumerate() {
-                if let Some(known) = finished.attempts.get(&stage.name) {
+                if let Some(known) = finished.attempts.get(&stage.name).filter(|known| **known > 0) {
                     draft.stage_mut(index).known_attempts = Some(*known);
                 }
             }

@@ -27,7 +27,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 const SECONDS: [f64; 11] = [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.1, 0.5, 2.5, 5.0, 30.0];
 
 /// All phases: one that no job is in is shown as 0.
-const PHASES: [Phase; 13] = [
+const PHASES: [Phase; 12] = [
     Phase::Pending,
     Phase::Preparing,
     Phase::Transforming,
@@ -36,7 +36,6 @@ const PHASES: [Phase; 13] = [
     Phase::Training,
     Phase::Committing,
     Phase::Restarting,
-    Phase::Scaling,
     Phase::Suspending,
     Phase::Suspended,
     Phase::Complete,

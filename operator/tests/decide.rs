@@ -606,3 +606,19 @@ fn foreign_and_impossible_jobs_are_left_alone() {
     assert!(world.step().writes.is_empty());
     assert_eq!(world.condition("Accepted").1, "InvalidSpec");
 }
+
+/// What nobody sets must not be promised.
+#[test]
+fn every_reason_is_used() {
+    let sources =
+        [include_str!("../src/decide.rs"), include_str!("../src/draft.rs"), include_str!("../src/apply.rs")];
+    for reason in growth_crds::conditions::Reason::ALL {
+        let name = format!("Reason::{reason}");
+        let is_used = |source: &str| {
+            source
+                .match_indices(&name)
+                .any(|(at, _)| !source[at + name.len()..].starts_with(|next: char| next.is_alphanumeric()))
+        };
+        assert!(sources.iter().any(|source| is_used(source)), "{name} is never set");
+    }
+}

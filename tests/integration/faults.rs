@@ -29,14 +29,35 @@ use std::time::{Duration, Instant};
 /// These tests share nodes, storage and control plane.
 static CLUSTER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
-/// Our own cluster; in another one nothing can be made to fail.
-async fn own_cluster() -> Option<(Environment, Cluster)> {
+/// Our own cluster, for one test at a time; in another one nothing can be made to fail.
+async fn own_cluster() -> Option<(Environment, Cluster, tokio::sync::MutexGuard<'static, ()>)> {
+    let one_at_a_time = CLUSTER.lock().await;
+    if let Some(cluster) = &Environment::connect().await.unwrap().cluster {
+        mend(cluster).await.unwrap();
+    }
     let environment = with_operator().await;
     let cluster = environment.cluster.clone();
     if cluster.is_none() {
         eprintln!("left out: an external cluster cannot be made to fail");
     }
-    Some((environment, cluster?))
+    Some((environment, cluster?, one_at_a_time))
+}
+
+/// A test that failed has left things as they were then.
+async fn mend(cluster: &Cluster) -> Result<()> {
+    cluster.set_s3_faults(&[])?;
+    cluster.start_component("kube-apiserver").await?;
+    for number in 1..=cluster.nodes() {
+        cluster.start_node(number).await?;
+        cluster.heal_node(number)?;
+        cluster.set_gpus(number, 0).await?;
+        for line in ["uncordon n{}", "label node n{} pool-", "taint node n{} nvidia.com/gpu-"] {
+            let line = line.replace("{}", &number.to_string());
+            // What is not there cannot be removed, and need not be.
+            let _ = cluster.kubectl().args(line.split(' ')).output()?;
+        }
+    }
+    Ok(())
 }
 
 fn status(job: &GrowthTrainingJob) -> &GrowthTrainingJobStatus {
@@ -73,12 +94,14 @@ async fn unreachable_since(environment: &Environment, node: &str) -> Result<Time
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_are_lost_drained_and_cut_off() -> Result<()> {
     const STEPS: u64 = 1500;
-    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
-    let _cluster = CLUSTER.lock().await;
+    let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };
     environment
         .in_namespace("nodes", async |namespace| {
-            // The operator is on n1.
+            // The operator is on n1. Two nodes are enough.
             kubectl(namespace, "cordon n1")?;
+            if cluster.nodes() > 2 {
+                kubectl(namespace, "cordon n3")?;
+            }
             submit(namespace, STEPS, slowly).await?;
             wait(namespace, trains(1)).await?;
             kubectl(namespace, "uncordon n1")?;
@@ -122,7 +145,7 @@ async fn nodes_are_lost_drained_and_cut_off() -> Result<()> {
 
             let job = ends_as_if_nothing_had_been(namespace, STEPS).await?;
             assert_eq!(status(&job).stages[0].attempt.as_ref().unwrap().number, 4, "{:#?}", status(&job));
-            Ok(())
+            mend(&cluster).await
         })
         .await
 }
@@ -156,10 +179,10 @@ async fn first_commit(namespace: &TestNamespace, attempt: u32) -> Result<Timesta
 
 /// A minute without storage, in training and at the last commit of the stage.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: tests/run --long"]
 async fn storage_is_away_for_a_minute() -> Result<()> {
     const STEPS: u64 = 1500;
-    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
-    let _cluster = CLUSTER.lock().await;
+    let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };
     environment
         .in_namespace("storage", async |namespace| {
             submit(namespace, STEPS, |_| ()).await?;
@@ -181,10 +204,10 @@ async fn storage_is_away_for_a_minute() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: tests/run --long"]
 async fn the_control_plane_fails_and_the_operator_is_away() -> Result<()> {
     const STEPS: u64 = 1500;
-    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
-    let _cluster = CLUSTER.lock().await;
+    let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };
     environment
         .in_namespace("control-plane", async |namespace| {
             submit(namespace, STEPS, slowly).await?;
@@ -220,12 +243,11 @@ async fn the_control_plane_fails_and_the_operator_is_away() -> Result<()> {
 /// Each stage on its own pool, and nothing else there: neither what needs no GPU, nor the other stage.
 #[tokio::test(flavor = "multi_thread")]
 async fn stages_land_on_their_own_pools() -> Result<()> {
-    let Some((environment, cluster)) = own_cluster().await else { return Ok(()) };
+    let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };
     if cluster.nodes() < 3 {
         eprintln!("left out: two GPU pools and a node without GPUs need three nodes");
         return Ok(());
     }
-    let _cluster = CLUSTER.lock().await;
     environment
         .in_namespace("pools", async |namespace| {
             for (number, pool) in [(2, "small"), (3, "large")] {
@@ -263,11 +285,5 @@ async fn stages_land_on_their_own_pools() -> Result<()> {
             Ok(())
         })
         .await?;
-    for number in [2, 3] {
-        cluster.set_gpus(number, 0).await?;
-        for line in ["label node n{} pool-", "taint node n{} nvidia.com/gpu-"] {
-            environment.kubectl().args(line.replace("{}", &number.to_string()).split(' ')).run()?;
-        }
-    }
-    Ok(())
+    mend(&cluster).await
 }

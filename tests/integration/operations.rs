@@ -83,7 +83,7 @@ impl World {
             rule("growth.dev", &["growthtrainingjobs/status", "growthtrainingjobs/finalizers"], &["update"]),
             rule("batch", &["jobs"], &["get", "list", "watch", "create", "delete"]),
             rule("", &["pods"], &["list", "watch"]),
-            rule("", &["configmaps", "services"], &["get", "create"]),
+            rule("", &["services"], &["get", "create"]),
             rule("events.k8s.io", &["events"], &["create", "patch"]),
             rule("coordination.k8s.io", &["leases"], &["get", "list", "watch", "create", "patch"]),
         ];

@@ -2,15 +2,21 @@
 
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
+use object_store::aws::AmazonS3Builder;
+use object_store::azure::MicrosoftAzureBuilder;
+use object_store::gcp::GoogleCloudStorageBuilder;
+use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    ObjectMeta, ObjectStore, ObjectStoreExt, PutMode, PutOptions, PutPayload, WriteMultipart,
+    BackoffConfig, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions,
+    PutPayload, RetryConfig, WriteMultipart,
 };
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use tokio::runtime::Runtime;
 use url::Url;
 
@@ -158,6 +164,43 @@ fn settings(
     settings
 }
 
+/// A bucket that is away for a minute must not cost an attempt. By default a request is given up after ten tries, which
+/// can be two seconds.
+fn patience() -> RetryConfig {
+    RetryConfig {
+        backoff: BackoffConfig { max_backoff: Duration::from_secs(5), ..BackoffConfig::default() },
+        max_retries: usize::MAX,
+        retry_timeout: Duration::from_secs(120),
+    }
+}
+
+/// As `object_store::parse_url_opts`, with [`patience`].
+fn open_remote(
+    url: &Url,
+    settings: Vec<(String, String)>,
+) -> object_store::Result<(Arc<dyn ObjectStore>, Path)> {
+    macro_rules! build {
+        ($builder:ty, $url:expr) => {{
+            let builder = <$builder>::new().with_url($url).with_retry(patience());
+            let set = |builder: $builder, (key, value): (String, String)| match key.parse() {
+                Ok(key) => builder.with_config(key, value),
+                // It concerns another kind of store, or none.
+                Err(_) => builder,
+            };
+            Arc::new(settings.into_iter().fold(builder, set).build()?)
+        }};
+    }
+    let (scheme, path) = ObjectStoreScheme::parse(url)?;
+    let store: Arc<dyn ObjectStore> = match scheme {
+        ObjectStoreScheme::AmazonS3 => build!(AmazonS3Builder, url.as_str()),
+        ObjectStoreScheme::GoogleCloudStorage => build!(GoogleCloudStorageBuilder, url.as_str()),
+        ObjectStoreScheme::MicrosoftAzure => build!(MicrosoftAzureBuilder, url.as_str()),
+        ObjectStoreScheme::Http => build!(HttpBuilder, &url[..url::Position::BeforePath]),
+        _ => object_store::parse_url(url)?.0.into(),
+    };
+    Ok((store, path))
+}
+
 /// The names under which object_store takes an S3 endpoint.
 const S3_ENDPOINT_KEYS: [&str; 4] = ["aws_endpoint", "aws_endpoint_url", "endpoint", "endpoint_url"];
 
@@ -174,9 +217,8 @@ impl Storage {
         let address = |reason: String| StorageError::Address { uri: uri.to_owned(), reason };
         let url = Url::parse(uri).map_err(|error| address(error.to_string()))?;
         let settings = settings(std::env::vars(), uri, options);
-        let (store, prefix) =
-            object_store::parse_url_opts(&url, settings).map_err(|error| address(error.to_string()))?;
-        Ok(Self { store: Arc::from(store), prefix, uri: uri.trim_end_matches('/').to_owned(), local: None })
+        let (store, prefix) = open_remote(&url, settings).map_err(|error| address(error.to_string()))?;
+        Ok(Self { store, prefix, uri: uri.trim_end_matches('/').to_owned(), local: None })
     }
 
     fn open_local(uri: &str) -> Result<Self> {
@@ -544,6 +586,28 @@ mod tests {
         let mut tail = Vec::new();
         reader.read_to_end(&mut tail).unwrap();
         assert_eq!(tail, content[content.len() - 3..]);
+    }
+
+    /// More often than object_store's default would bear.
+    #[test]
+    fn a_store_that_is_away_is_waited_for() {
+        const LOST: usize = 12;
+        // As the program does when it starts.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = std::thread::spawn(move || {
+            for connection in listener.incoming().skip(LOST).take(1) {
+                let mut connection = connection.unwrap();
+                let mut request = [0; 4096];
+                assert!(connection.read(&mut request).unwrap() > 0);
+                connection.write_all(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n").unwrap();
+            }
+        });
+        let storage = Storage::open(&format!("http://{address}/runs"), &StorageOptions::default()).unwrap();
+        let error = storage.get("nothing").unwrap_err();
+        assert!(error.to_string().contains("nothing does not exist"), "{error}");
+        server.join().unwrap();
     }
 
     #[test]

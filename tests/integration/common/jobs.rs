@@ -3,7 +3,7 @@
 use super::{job, newest_checkpoint, tensors, trainer, upload_corpus, write};
 use anyhow::{Context, Result};
 use growth_crds::GrowthTrainingJob;
-use growth_crds::status::Phase;
+use growth_crds::status::{Phase, StageState};
 use growth_tests::cluster::command::output;
 use growth_tests::testing::{Environment, TestNamespace};
 use growth_tests::{images, workspace};
@@ -143,7 +143,7 @@ pub fn trains(attempt: i32) -> impl Fn(&GrowthTrainingJob) -> bool + Send {
     move |job| {
         is_in(job, Phase::Training)
             && job.status.as_ref().is_some_and(|status| {
-                status.stages.len() == 1
+                status.stages[0].state == StageState::Training
                     && status.stages[0].attempt.as_ref().is_some_and(|known| known.number == attempt)
             })
     }
