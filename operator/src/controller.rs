@@ -286,7 +286,7 @@ async fn observe(job: &GrowthTrainingJob, context: &Context) -> Observed {
 }
 
 async fn ask_for_progress(job: &GrowthTrainingJob, pods: &[Arc<Pod>], context: &Context) -> Option<Progress> {
-    let name = job_to_ask(job)?;
+    let name = job_to_ask(job, Timestamp::now())?;
     let leader = pods.iter().find(|pod| {
         let labels = pod.labels();
         labels.get("batch.kubernetes.io/job-name").is_some_and(|label| label == name)

@@ -17,7 +17,7 @@ use growth_crds::conditions::{ConditionType, Reason};
 use growth_crds::plan::JobPlan;
 use growth_crds::protocol::{Outcome, OutcomeResult, Progress};
 use growth_crds::status::{AttemptStatus, CheckpointStatus, Phase, ProgressStatus, StageState};
-use growth_crds::{GrowthTrainingJob, resolve};
+use growth_crds::{GrowthTrainingJob, GrowthTrainingJobStatus, resolve};
 use jiff::Timestamp;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::Pod;
@@ -588,14 +588,17 @@ fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, index: usiz
     let stage = &draft.job.spec.stages[index].name;
     let report =
         observed.progress.as_ref().filter(|said| &said.stage == stage && said.attempt == attempt.number);
-    let has_all_tokens = report.is_some_and(|report| report.tokens >= report.total_tokens);
+    let has_all_tokens = match report {
+        Some(report) => report.tokens >= report.total_tokens,
+        None => draft.status.phase == Some(Phase::Committing),
+    };
     draft.phase(if has_all_tokens { Phase::Committing } else { Phase::Training });
     if let Some(report) = report {
         keep_checkpoint(draft, work, report.checkpoint.clone());
         record_progress(draft, plan, index, report.tokens, Some(report));
     }
     let limit = draft.job.spec.run_policy.progress_deadline_seconds;
-    let last_step = report.map(|report| report.updated_at).or(last_update(draft, &attempt));
+    let last_step = report.map(|report| report.updated_at).or(last_update(&draft.status, &attempt));
     let since = last_step.max(attempt.ready_time.map(|time| time.0));
     let silent = since.map_or(0, |time| draft.now.as_second() - time.as_second());
     if silent > limit {
@@ -614,8 +617,8 @@ fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, index: usiz
 }
 
 /// When this attempt was last heard of.
-fn last_update(draft: &Draft<'_>, attempt: &AttemptStatus) -> Option<Timestamp> {
-    let updated = draft.status.progress.as_ref()?.last_updated.as_ref()?.0;
+fn last_update(status: &GrowthTrainingJobStatus, attempt: &AttemptStatus) -> Option<Timestamp> {
+    let updated = status.progress.as_ref()?.last_updated.as_ref()?.0;
     (Some(updated) > attempt.start_time.as_ref().map(|time| time.0)).then_some(updated)
 }
 
@@ -654,12 +657,15 @@ fn eta_seconds(plan: &JobPlan, index: usize, tokens: u64, tokens_per_second: f64
     (speed > 0.0).then(|| left / speed)
 }
 
-/// The Job whose rank 0 should be asked for progress.
-pub fn job_to_ask(job: &GrowthTrainingJob) -> Option<&str> {
+/// The Job whose rank 0 should be asked for progress: not before [`PROGRESS_SECONDS`] are over, for what is stored makes
+/// the next reconcile, and would be stored anew each time.
+pub fn job_to_ask(job: &GrowthTrainingJob, now: Timestamp) -> Option<&str> {
     let status = job.status.as_ref()?;
     if !matches!(status.phase, Some(Phase::Training | Phase::Committing)) {
         return None;
     }
     let stage = status.stages.iter().find(|stage| stage.state == StageState::Training)?;
-    Some(&stage.attempt.as_ref()?.job_name)
+    let attempt = stage.attempt.as_ref()?;
+    let heard = last_update(status, attempt).map_or(0, |heard| heard.as_second());
+    (now.as_second() - heard >= PROGRESS_SECONDS).then_some(&attempt.job_name)
 }

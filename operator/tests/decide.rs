@@ -8,7 +8,7 @@ use common::{edit, example};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::protocol::{Outcome, Progress};
 use growth_crds::status::{CheckpointStatus, Phase, StageState};
-use growth_operator::decide::decide;
+use growth_operator::decide::{decide, job_to_ask};
 use growth_operator::draft::{Plan, Write};
 use growth_operator::names::Work;
 use growth_operator::observed::Observed;
@@ -225,6 +225,13 @@ fn progress_is_shown_and_a_silent_attempt_is_restarted() {
     // The rest of the small stage at 1000 tokens/s, and a large stage that is four times as long and costs more a token.
     assert!(shown.eta_seconds.unwrap() > 524 + 4 * 1049, "{shown:?}");
     assert_eq!(world.condition("CheckpointAvailable").0, "True");
+
+    // Its own write makes the next reconcile: asked again at once, it would write for ever.
+    let asked = |world: &World, seconds| {
+        let later = world.now + SignedDuration::from_secs(seconds);
+        job_to_ask(&world.job, later).map(str::to_owned)
+    };
+    assert_eq!((asked(&world, 9), asked(&world, 10).as_deref()), (None, Some("tiny-small-t1")));
 
     world.observed.progress = None;
     world.after(1800);

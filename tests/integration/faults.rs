@@ -1,6 +1,6 @@
 //! Nodes, storage and the control plane fail under a job: it ends in the bits of an undisturbed run, and nothing of it counts
 //! as a restart.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! The operator on a real cluster, installed by its chart: a GrowthTrainingJob from `kubectl apply` to Complete.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod common;
 

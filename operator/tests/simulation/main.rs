@@ -5,7 +5,7 @@
 //! Two tests of half a million reconciles each. A failure prints the shortest story that leads to it, and is kept in
 //! `tests/simulation/regressions.rs`. `GROWTH_SIMULATION_SEED=<number>` repeats a run, `GROWTH_SIMULATION_STEPS` changes
 //! its length.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stdout)]
 
 mod api_server;
 #[path = "../../../crds/tests/common/mod.rs"]

@@ -297,7 +297,7 @@ impl World {
         }
         let jobs = operator.jobs.objects.values().cloned();
         let mut observed = Observed::of(&job, jobs, operator.pods.objects.values().cloned());
-        let asked = job_to_ask(&job).and_then(|name| observed.job(name)?.uid());
+        let asked = job_to_ask(&job, timestamp(self.api.now)).and_then(|name| observed.job(name)?.uid());
         observed.progress = asked.and_then(|uid| self.kubernetes.progress(&uid, self.api.now));
         operator.begin(job, observed, timestamp(self.api.now));
         self.reconciles += 1;
