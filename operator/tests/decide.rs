@@ -218,6 +218,7 @@ fn progress_is_shown_and_a_silent_attempt_is_restarted() {
         checkpoint: Some(checkpoint(1)),
         updated_at: at,
     };
+    world.now += SignedDuration::from_secs(1);
     world.observed.progress = Some(progress(524_288, world.now));
     world.step();
     let shown = world.job.status.as_ref().unwrap().progress.clone().unwrap();

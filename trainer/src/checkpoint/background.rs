@@ -123,6 +123,12 @@ impl AsyncCheckpointer {
         self.outcome.take()
     }
 
+    /// As [`AsyncCheckpointer::poll`], but waits for what is being written.
+    pub fn settle(&mut self) -> Option<Outcome> {
+        self.wait();
+        self.outcome.take()
+    }
+
     /// Whether a checkpoint is being written.
     pub fn is_busy(&mut self) -> bool {
         self.receive_if_done();

@@ -146,7 +146,7 @@ pub fn train(inputs: &StageInputs<'_>, reporter: &mut Reporter) -> Result<StageE
     reporter.begin(&plan.stage, Unit::Tokens, plan.tokens, run.state.tokens);
     while run.state.step < plan.steps {
         if inputs.stop.load(Ordering::Relaxed) {
-            return Ok(StageEnd::Stopped(run.last_checkpoint()?));
+            return Ok(StageEnd::Stopped(run.last_checkpoint(reporter)?));
         }
         run.evaluate_if_due();
         run.step(reporter)?;
@@ -154,7 +154,7 @@ pub fn train(inputs: &StageInputs<'_>, reporter: &mut Reporter) -> Result<StageE
     }
     run.evaluate_if_due();
     reporter.finish();
-    Ok(StageEnd::Finished(run.last_checkpoint()?))
+    Ok(StageEnd::Finished(run.last_checkpoint(reporter)?))
 }
 
 /// The state that a stage starts or goes on from.
@@ -174,7 +174,8 @@ struct StageRun<'a> {
     state: TrainingState,
     history: History,
     checkpointer: AsyncCheckpointer,
-    resumed: Option<CheckpointManifest>,
+    /// The newest checkpoint that is known to be committed.
+    committed: Option<CheckpointManifest>,
     last_checkpoint: Instant,
     ids: Vec<u32>,
     targets: Vec<u32>,
@@ -231,7 +232,7 @@ impl<'a> StageRun<'a> {
             state,
             history,
             checkpointer,
-            resumed,
+            committed: resumed,
             last_checkpoint: Instant::now(),
             ids: vec![0; tokens],
             targets: vec![0; tokens],
@@ -313,9 +314,10 @@ impl<'a> StageRun<'a> {
         Ok(())
     }
 
-    fn note_outcome(&self, outcome: checkpoint::Outcome, reporter: &Reporter) -> Result<()> {
+    fn note_outcome(&mut self, outcome: checkpoint::Outcome, reporter: &Reporter) -> Result<()> {
         if let Ok(Committed { manifest, .. }) = &outcome {
             self.board.committed(status_of(self.storage, manifest));
+            self.committed = Some(manifest.clone());
         }
         note_outcome(outcome, reporter)
     }
@@ -332,8 +334,12 @@ impl<'a> StageRun<'a> {
     }
 
     /// Writes where the stage stands, waits for it, and says where it is.
-    fn last_checkpoint(&mut self) -> Result<CheckpointManifest> {
-        if let Some(manifest) = self.resumed.take_if(|manifest| manifest.step == self.state.step) {
+    fn last_checkpoint(&mut self, reporter: &Reporter) -> Result<CheckpointManifest> {
+        // What is being written may be of this very step, and no step is written twice.
+        if let Some(outcome) = self.checkpointer.settle() {
+            self.note_outcome(outcome, reporter)?;
+        }
+        if let Some(manifest) = self.committed.take_if(|manifest| manifest.step == self.state.step) {
             return Ok(manifest);
         }
         let _superseded_by_this_one = self.submit()?;
