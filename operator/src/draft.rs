@@ -160,7 +160,6 @@ impl<'a> Draft<'a> {
 
     /// Records a new attempt. Its Job is started once that is stored.
     pub fn begin(&mut self, work: Work, number: i32, not_before: Option<Timestamp>) {
-        self.stop_clock(work);
         let job_name = attempt_name(self.job, work, number);
         let not_before = not_before.map(Time);
         *self.attempt_mut(work) =

@@ -57,13 +57,14 @@ impl Observed {
         self.pods.iter().map(AsRef::as_ref).filter(|pod| owns(job, pod)).collect()
     }
 
-    /// Whether any pod of the job still runs, and can be expected to end.
-    pub fn has_live_pods(&self, now: Timestamp) -> bool {
+    /// Whether anything of the job still runs: a pod that can be expected to end, or a Job.
+    pub fn is_live(&self, now: Timestamp) -> bool {
         self.pods.iter().any(|pod| is_live(pod, now))
+            || self.jobs.iter().any(|job| self.is_live_job(job, now))
     }
 
-    /// Whether a Job still runs: a Job that is being deleted stays until its pods are gone, but for those beyond reach.
-    pub fn is_live_job(&self, job: &Job, now: Timestamp) -> bool {
+    /// A Job that is being deleted stays until its pods are gone, but for those beyond reach.
+    fn is_live_job(&self, job: &Job, now: Timestamp) -> bool {
         let pods = self.pods_of(job);
         !is_finished(job) && (pods.is_empty() || pods.iter().any(|pod| is_live(pod, now)))
     }
@@ -83,11 +84,12 @@ fn owns(job: &Job, pod: &Pod) -> bool {
 }
 
 /// Neither ended nor beyond reach.
-pub fn is_live(pod: &Pod, now: Timestamp) -> bool {
+fn is_live(pod: &Pod, now: Timestamp) -> bool {
     !has_ended(pod) && !is_out_of_reach(pod, now)
 }
 
-fn has_ended(pod: &Pod) -> bool {
+/// Whether all its containers have ended.
+pub fn has_ended(pod: &Pod) -> bool {
     matches!(phase(pod), "Succeeded" | "Failed")
 }
 

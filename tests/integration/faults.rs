@@ -16,7 +16,7 @@ use growth_crds::protocol::CheckpointManifest;
 use growth_crds::status::{GrowthTrainingJobStatus, Phase};
 use growth_tests::cluster::Cluster;
 use growth_tests::s3_proxy::{Fault, FaultKind};
-use growth_tests::testing::{Environment, TestNamespace};
+use growth_tests::testing::{Environment, TestNamespace, within};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use k8s_openapi::jiff::Timestamp;
@@ -24,7 +24,7 @@ use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use object_store::ObjectStore;
 use serde_json::{Value, json};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// These tests share nodes, storage and control plane.
 static CLUSTER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
@@ -132,11 +132,10 @@ async fn nodes_are_lost_drained_and_cut_off() -> Result<()> {
             wait(namespace, trains(4)).await?;
             assert!(!trainer_processes(&old)?.is_empty(), "the old attempt does not run any more");
             let first = first_commit(namespace, 4).await?;
-            let deadline = Instant::now() + TIMEOUT;
-            while !trainer_processes(&old)?.is_empty() {
-                assert!(Instant::now() < deadline, "the fence does not end the old attempt");
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
+            within(TIMEOUT, "the fence ends the old attempt", async || {
+                Ok(trainer_processes(&old)?.is_empty().then_some(()))
+            })
+            .await?;
             println!("the old attempt has ended, behind the fence");
             for commit in commits(namespace).await?.iter().filter(|commit| commit.attempt == 3) {
                 assert!(commit.committed_at <= first, "attempt 3 commits after attempt 4: {commit:?}");
@@ -165,16 +164,11 @@ async fn commits(namespace: &TestNamespace) -> Result<Vec<CheckpointManifest>> {
 
 /// When an attempt at the small stage first committed.
 async fn first_commit(namespace: &TestNamespace, attempt: u32) -> Result<Timestamp> {
-    let deadline = Instant::now() + TIMEOUT;
-    loop {
+    within(TIMEOUT, &format!("the first commit of attempt {attempt}"), async || {
         let all = commits(namespace).await?;
-        if let Some(first) = all.iter().filter(|one| one.attempt == attempt).map(|one| one.committed_at).min()
-        {
-            return Ok(first);
-        }
-        assert!(Instant::now() < deadline, "attempt {attempt} commits nothing");
-        tokio::time::sleep(Duration::from_millis(200)).await;
-    }
+        Ok(all.iter().filter(|one| one.attempt == attempt).map(|one| one.committed_at).min())
+    })
+    .await
 }
 
 /// A minute without storage, in training and at the last commit of the stage.

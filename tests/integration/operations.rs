@@ -2,22 +2,26 @@
 //! away, its end, and what it costs with a thousand jobs.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "../../crds/tests/common/mod.rs"]
+mod fixture;
+
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use futures::{FutureExt, StreamExt, TryStreamExt, stream};
 use growth_crds::GrowthTrainingJob;
 use growth_tests::cluster::command::output;
 use growth_tests::cluster::{Cluster, Options, wait_for};
+use growth_tests::testing::within;
 use growth_tests::workspace;
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::{Namespace, Pod, ServiceAccount};
-use k8s_openapi::api::rbac::v1::{ClusterRole, ClusterRoleBinding};
+use k8s_openapi::api::rbac::v1::{ClusterRoleBinding, RoleBinding};
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{ListParams, Patch, PatchParams, PostParams};
 use kube::runtime::wait::conditions::is_crd_established;
@@ -27,6 +31,9 @@ use serde_json::{Value, json};
 
 const CLUSTER: &str = "operations";
 const NAMESPACE: &str = "growth-system";
+/// Of the chart, with this release's name.
+const CLUSTER_ROLE: &str = "growth-system-growth-operator";
+const LEASE_ROLE: &str = "growth-operator-lease";
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// How many jobs there are where it matters.
 const JOBS: usize = 1000;
@@ -74,33 +81,32 @@ impl World {
         Ok(world)
     }
 
-    /// What an operator may do: no more than it needs.
+    /// What an operator may do: what the chart says, and no more.
     async fn create_role(&self) -> Result<()> {
         create::<Namespace>(Api::all(self.client.clone()), json!({"metadata": {"name": NAMESPACE}})).await?;
-        let rule = |group: &str, resources: &[&str], verbs: &[&str]| json!({"apiGroups": [group], "resources": resources, "verbs": verbs});
-        let rules = [
-            rule("growth.dev", &["growthtrainingjobs"], &["get", "list", "watch", "delete"]),
-            rule("growth.dev", &["growthtrainingjobs/status", "growthtrainingjobs/finalizers"], &["update"]),
-            rule("batch", &["jobs"], &["get", "list", "watch", "create", "delete"]),
-            rule("", &["pods"], &["list", "watch"]),
-            rule("", &["services"], &["get", "create"]),
-            rule("events.k8s.io", &["events"], &["create", "patch"]),
-            rule("coordination.k8s.io", &["leases"], &["get", "list", "watch", "create", "patch"]),
-        ];
-        let role = json!({"metadata": {"name": "operator"}, "rules": rules});
-        create::<ClusterRole>(Api::all(self.client.clone()), role).await.map(drop)
+        let mut helm = self.cluster.helm();
+        helm.args(["template", "growth-operator", "--namespace", NAMESPACE]);
+        helm.args(["--show-only", "templates/rbac.yaml"]).arg(workspace().join("charts/growth-operator"));
+        let file = self.folder.path().join("rbac.yaml");
+        std::fs::write(&file, output(&mut helm)?)?;
+        output(self.cluster.kubectl().args(["apply", "--filename"]).arg(file)).map(drop)
     }
 
     /// An operator with an identity of its own.
     async fn operator(&self, name: &str) -> Result<Operator> {
         let accounts = Api::namespaced(self.client.clone(), NAMESPACE);
         create::<ServiceAccount>(accounts, json!({"metadata": {"name": name}})).await?;
-        let binding = json!({
-            "metadata": {"name": name},
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": "operator"},
-            "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": NAMESPACE}],
-        });
-        create::<ClusterRoleBinding>(Api::all(self.client.clone()), binding).await?;
+        let binding = |kind: &str, role: &str| {
+            json!({
+                "metadata": {"name": name},
+                "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
+                "subjects": [{"kind": "ServiceAccount", "name": name, "namespace": NAMESPACE}],
+            })
+        };
+        let everywhere = binding("ClusterRole", CLUSTER_ROLE);
+        create::<ClusterRoleBinding>(Api::all(self.client.clone()), everywhere).await?;
+        let here = Api::namespaced(self.client.clone(), NAMESPACE);
+        create::<RoleBinding>(here, binding("Role", LEASE_ROLE)).await?;
         let token = output(self.cluster.kubectl().args(["--namespace", NAMESPACE, "create", "token", name]))?;
         let mut config: Value = serde_saphyr::from_str(&std::fs::read_to_string(self.cluster.kubeconfig())?)?;
         config["users"][0]["user"] = json!({"token": token.trim()});
@@ -303,21 +309,6 @@ async fn until<T>(what: &str, ask: impl AsyncFnMut() -> Result<Option<T>>) -> Re
     within(TIMEOUT, what, ask).await
 }
 
-async fn within<T>(
-    limit: Duration,
-    what: &str,
-    mut ask: impl AsyncFnMut() -> Result<Option<T>>,
-) -> Result<T> {
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(answer) = ask().await? {
-            return Ok(answer);
-        }
-        ensure!(Instant::now() < deadline, "{what}: not within {} s", limit.as_secs());
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 async fn create<K>(api: Api<K>, object: Value) -> Result<K>
 where
     K: kube::Resource + Clone + std::fmt::Debug + serde::Serialize + serde::de::DeserializeOwned,
@@ -327,25 +318,9 @@ where
 
 /// Its pods stay Pending: there are no nodes.
 fn job(name: &str) -> Value {
-    json!({
-        "apiVersion": "growth.dev/v1alpha1",
-        "kind": "GrowthTrainingJob",
-        "metadata": {"name": name},
-        "spec": {
-            "model": {"hiddenSize": 64, "intermediateSize": 176, "numAttentionHeads": 4},
-            "data": {
-                "train": [{"uri": "s3://growth/corpus/*.md"}],
-                "validation": [{"uri": "s3://growth/held-out/*.md"}],
-                "tokenizer": {"train": {"vocabSize": 512}},
-            },
-            "storage": {"uri": "s3://growth/runs", "credentialsSecretRef": {"name": "s3-keys"}},
-            "training": {"sequenceLength": 64, "globalBatchTokens": 512},
-            "stages": [
-                {"name": "small", "model": {"numHiddenLayers": 2}, "tokens": 20480},
-                {"name": "large", "growth": {"operator": "Stack", "factor": 2}, "tokens": 20480},
-            ],
-        },
-    })
+    let mut job = fixture::example();
+    job["metadata"]["name"] = json!(name);
+    job
 }
 
 fn print(title: &str, figures: &[(&str, String)]) {

@@ -7,9 +7,9 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::process::{Command, Output, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use futures::future::ready;
 use futures::{FutureExt, StreamExt};
 use k8s_openapi::api::core::v1::{Event, Namespace, Pod};
@@ -21,6 +21,25 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::cluster::{Cluster, S3, client_of};
+
+/// Asks again and again, where there is nothing to watch, until there is an answer. Errors: `ask` failed; none within
+/// `limit`.
+pub async fn within<T>(
+    limit: Duration,
+    what: &str,
+    mut ask: impl AsyncFnMut() -> Result<Option<T>>,
+) -> Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(answer) = ask().await? {
+            return Ok(answer);
+        }
+        ensure!(Instant::now() < deadline, "{what}: not within {} s", limit.as_secs());
+        tokio::time::sleep(BETWEEN_QUESTIONS).await;
+    }
+}
+
+const BETWEEN_QUESTIONS: Duration = Duration::from_millis(20);
 
 /// The cluster that the tests use: the one of `cluster up` (name `default`), or with `GROWTH_TEST_CLUSTER=external`
 /// whatever `KUBECONFIG` points to, with S3 and images as `docs/testing.md` says.

@@ -5,7 +5,8 @@ use crate::api_server::ApiServer;
 use crate::world::timestamp;
 use growth_crds::protocol::{Outcome, Progress};
 use growth_crds::status::CheckpointStatus;
-use k8s_openapi::api::batch::v1::{Job, JobCondition};
+use growth_operator::observed::{has_ended, is_finished, is_true, job_is, phase};
+use k8s_openapi::api::batch::v1::JobCondition;
 use k8s_openapi::api::core::v1::{Pod, PodCondition, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
 use kube::{Resource, ResourceExt};
@@ -134,30 +135,8 @@ impl Default for Kubernetes {
     }
 }
 
-fn phase(pod: &Pod) -> &str {
-    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
-}
-
-fn has_ended(pod: &Pod) -> bool {
-    matches!(phase(pod), "Succeeded" | "Failed")
-}
-
-fn is_disrupted(pod: &Pod) -> bool {
-    let conditions = pod.status.as_ref().and_then(|status| status.conditions.as_ref());
-    conditions.is_some_and(|all| all.iter().any(|one| one.type_ == "DisruptionTarget"))
-}
-
 fn node_of(pod: &Pod) -> Option<usize> {
     pod.spec.as_ref()?.node_name.as_ref()?.strip_prefix('n')?.parse().ok()
-}
-
-fn is_finished(job: &Job) -> bool {
-    has_condition(job, "Complete") || has_condition(job, "Failed")
-}
-
-fn has_condition(job: &Job, kind: &str) -> bool {
-    let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());
-    conditions.is_some_and(|all| all.iter().any(|one| one.type_ == kind))
 }
 
 fn set_condition(pod: &mut Pod, kind: &str, status: &str, reason: &str, now: i64) {
@@ -279,11 +258,16 @@ impl Kubernetes {
         for pod in pods.iter().filter(|pod| has_ended(pod)) {
             let index = pod.labels()["batch.kubernetes.io/job-completion-index"].clone();
             let count = self.counted.entry(uid.clone()).or_default();
-            match phase(pod) {
-                "Succeeded" => drop(count.succeeded.insert(index)),
-                _ if is_disrupted(pod) => drop(count.failure.get_or_insert("PodFailurePolicy")),
-                _ => drop(count.failure.get_or_insert("BackoffLimitExceeded")),
+            if phase(pod) == "Succeeded" {
+                count.succeeded.insert(index);
+                continue;
             }
+            let is_disrupted = is_true(pod, "DisruptionTarget");
+            count.failure.get_or_insert(if is_disrupted {
+                "PodFailurePolicy"
+            } else {
+                "BackoffLimitExceeded"
+            });
         }
         if job.metadata.deletion_timestamp.is_some() {
             pods.iter().for_each(|pod| delete_pod(api, &pod.name_any()));
@@ -626,7 +610,7 @@ fn checkpoint(stage: usize, step: u64) -> CheckpointStatus {
 fn add_condition(api: &mut ApiServer, name: &str, kind: &str, reason: &str) {
     let now = api.now;
     api.update_job(name, |job| {
-        if !has_condition(job, kind) {
+        if !job_is(job, kind) {
             job.status.get_or_insert_default().conditions.get_or_insert_default().push(JobCondition {
                 type_: kind.to_owned(),
                 status: "True".to_owned(),

@@ -4,12 +4,13 @@
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use growth_crds::{GrowthTrainingJob, resolve};
 use growth_tests::cluster::command::output;
 use growth_tests::cluster::{Cluster, wait_for};
+use growth_tests::testing::within;
 use growth_tests::workspace;
 use k8s_openapi::api::apps::v1::Deployment;
 use k8s_openapi::api::authorization::v1::{ResourceAttributes, SubjectAccessReview, SubjectAccessReviewSpec};
@@ -267,12 +268,11 @@ impl Bench<'_> {
 
     /// Asked until it is so: the API server sees new roles a moment later, and tells nobody when.
     async fn may(&self, user: &str, namespace: &str, verb: &str, group: &str, resource: &str) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(20);
-        while !self.is_allowed(user, namespace, verb, group, resource).await? {
-            ensure!(Instant::now() < deadline, "{user} may not {verb} {resource} in {namespace}");
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        Ok(())
+        let what = format!("{user} may {verb} {resource} in {namespace}");
+        within(Duration::from_secs(20), &what, async || {
+            Ok(self.is_allowed(user, namespace, verb, group, resource).await?.then_some(()))
+        })
+        .await
     }
 
     /// For the next test: no release, no CRD, no jobs.

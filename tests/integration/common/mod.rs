@@ -2,6 +2,8 @@
 //! the bits of a checkpoint.
 #![allow(dead_code, reason = "no test uses all of it")]
 
+#[path = "../../../crds/tests/common/mod.rs"]
+mod fixture;
 pub mod jobs;
 
 use std::collections::BTreeMap;
@@ -45,29 +47,24 @@ pub async fn upload_corpus(environment: &Environment, prefix: &str) -> Result<()
 /// One stage of 40 steps with a checkpoint every second step. `runs` is where the job keeps its own.
 pub fn job(environment: &Environment, prefix: &str, runs: &str, endpoint: &str) -> Value {
     let s3 = &environment.s3;
-    json!({
-        "apiVersion": "growth.dev/v1alpha1",
-        "kind": "GrowthTrainingJob",
-        "metadata": {"name": "tiny"},
-        "spec": {
-            "model": {"hiddenSize": 64, "intermediateSize": 176, "numAttentionHeads": 4},
-            "data": {
-                "train": [{"uri": format!("s3://{}/{prefix}/corpus/*.md", s3.bucket)}],
-                "validation": [{"uri": format!("s3://{}/{prefix}/held-out/*.md", s3.bucket)}],
-                "tokenizer": {"train": {"vocabSize": 512, "sampleBytes": "1M"}},
-            },
-            "storage": {
-                "uri": format!("s3://{}/{prefix}/{runs}", s3.bucket),
-                "endpoint": endpoint,
-                "region": s3.region,
-                "credentialsSecretRef": {"name": "s3-keys"},
-            },
-            "training": {"sequenceLength": 64, "globalBatchTokens": 512, "seed": 7},
-            "evaluation": {"tokens": 512},
-            "checkpoint": {"everyTokens": 1024, "keepLast": 2},
-            "stages": [{"name": "small", "model": {"numHiddenLayers": 2}, "tokens": 20480}],
-        },
-    })
+    let mut job = fixture::example();
+    let spec = &mut job["spec"];
+    spec["data"] = json!({
+        "train": [{"uri": format!("s3://{}/{prefix}/corpus/*.md", s3.bucket)}],
+        "validation": [{"uri": format!("s3://{}/{prefix}/held-out/*.md", s3.bucket)}],
+        "tokenizer": {"train": {"vocabSize": 512, "sampleBytes": "1M"}},
+    });
+    spec["storage"] = json!({
+        "uri": format!("s3://{}/{prefix}/{runs}", s3.bucket),
+        "endpoint": endpoint,
+        "region": s3.region,
+        "credentialsSecretRef": {"name": "s3-keys"},
+    });
+    spec["training"] = json!({"sequenceLength": 64, "globalBatchTokens": 512, "seed": 7});
+    spec["evaluation"] = json!({"tokens": 512});
+    spec["checkpoint"] = json!({"everyTokens": 1024, "keepLast": 2});
+    spec["stages"] = json!([{"name": "small", "model": {"numHiddenLayers": 2}, "tokens": 20480}]);
+    job
 }
 
 /// The trainer on this machine, as a user runs it.
