@@ -21,15 +21,27 @@ pub fn gradient_levels(micro_batches: u64) -> u64 {
 }
 
 impl ModelConfig {
-    /// Memory of a process that holds the whole model and works on one micro-batch at a time.
-    pub fn memory(&self, micro_batch_tokens: u64, micro_batches: u64) -> MemoryEstimate {
+    /// Memory of one of `ranks` processes that share the `micro_batches` of a step. Each holds all weights, its part of
+    /// the optimizer's state (ZeRO-1: Rajbhandari et al., SC 2020, section 5.1) and works on one micro-batch at a time.
+    pub fn memory(&self, micro_batch_tokens: u64, micro_batches: u64, ranks: u64) -> MemoryEstimate {
+        let ranks = ranks.max(1);
         let weights_bytes = self.parameter_counts().total.saturating_mul(FLOAT);
-        let gradients_bytes = weights_bytes.saturating_mul(gradient_levels(micro_batches));
-        let optimizer_bytes = weights_bytes.saturating_mul(2);
+        let part_bytes = weights_bytes.div_ceil(ranks);
+        let gradients_bytes = weights_bytes.saturating_mul(gradient_levels(micro_batches.div_ceil(ranks)));
+        let optimizer_bytes = part_bytes.saturating_mul(2);
         let activations_bytes = self.activations_bytes(micro_batch_tokens);
         // Weights and both moments.
-        let snapshot_bytes = weights_bytes.saturating_mul(3);
-        let parts = [weights_bytes, gradients_bytes, optimizer_bytes, activations_bytes, snapshot_bytes];
+        let snapshot_bytes = part_bytes.saturating_mul(3);
+        // A part for every other rank on its way out, and one from every other on its way in.
+        let communication_bytes = part_bytes.saturating_mul(2 * (ranks - 1));
+        let parts = [
+            weights_bytes,
+            gradients_bytes,
+            optimizer_bytes,
+            activations_bytes,
+            snapshot_bytes,
+            communication_bytes,
+        ];
         let total_bytes = parts.into_iter().fold(0, u64::saturating_add);
         MemoryEstimate {
             weights_bytes,
@@ -37,6 +49,7 @@ impl ModelConfig {
             optimizer_bytes,
             activations_bytes,
             snapshot_bytes,
+            communication_bytes,
             total_bytes,
         }
     }

@@ -7,6 +7,7 @@ pub mod growth_map;
 pub mod guideline;
 pub mod memory;
 pub mod parameters;
+pub mod ranks;
 mod resolve;
 mod schedule;
 mod training;

@@ -4,6 +4,7 @@ use super::architecture::{check_grown_model, first_architecture, grown_architect
 use super::error::{Findings, PlanErrors};
 use super::growth_map::resolve_growth;
 use super::guideline::{self, FITTED_FLOPS, FITTED_PARAMETERS, LARGEST_SHARE};
+use super::ranks::check_replicas;
 use super::training::{Batch, resolve_batch, resolve_checkpoint, resolve_evaluation, resolve_training};
 use super::{JobPlan, ModelConfig, StagePlan, StageStart};
 use crate::quantity::{StageTokens, TokenCount};
@@ -288,6 +289,8 @@ impl StageInput<'_> {
         let checkpoint = resolve_checkpoint(&self.spec.checkpoint, batch, findings);
         let sequence = self.spec.training.sequence_length;
         let evaluation = resolve_evaluation(&self.spec.evaluation, sequence, batch, tokens, findings);
+        let micro_batches = batch.global / batch.micro;
+        let ranks = check_replicas(stage, micro_batches, self.spec.training.reproducible, &field, findings);
         let Shape { model, start } = self.shape?;
         Some(StagePlan {
             job: self.name.to_owned(),
@@ -304,7 +307,7 @@ impl StageInput<'_> {
             evaluation: evaluation?,
             parameters: model.parameter_counts(),
             flops: model.training_flops(sequence, tokens),
-            memory: model.memory(batch.micro, batch.global / batch.micro),
+            memory: model.memory(batch.micro, micro_batches, ranks?),
             model,
         })
     }

@@ -118,6 +118,7 @@ pub(super) fn resolve_training(
         precision: training.precision,
         gradient_clip: gradient_clip?,
         seed: seed?,
+        reproducible: training.reproducible,
     })
 }
 

@@ -51,7 +51,7 @@ pub struct StagePlan {
     pub parameters: ParameterCounts,
     /// Floating-point operations of the whole stage.
     pub flops: FlopCount,
-    /// Memory of one trainer process.
+    /// Memory of one trainer process, on the fewest replicas that the stage allows.
     pub memory: MemoryEstimate,
 }
 
@@ -164,6 +164,15 @@ pub struct TrainingPlan {
     pub gradient_clip: f64,
     /// Seed of weights and data order.
     pub seed: u64,
+    /// Whether any number of ranks must compute the same bits.
+    pub reproducible: bool,
+}
+
+impl TrainingPlan {
+    /// Forward and backward passes of an optimizer step.
+    pub fn micro_batches(&self) -> u64 {
+        self.global_batch_tokens / self.micro_batch_tokens
+    }
 }
 
 /// A learning-rate schedule with every length in tokens of this stage. The peak is `adam_w.learning_rate`.
@@ -260,6 +269,8 @@ pub struct MemoryEstimate {
     pub activations_bytes: u64,
     /// Copy that a checkpoint is written from.
     pub snapshot_bytes: u64,
+    /// Gradients and weights on their way between ranks.
+    pub communication_bytes: u64,
     /// Sum.
     pub total_bytes: u64,
 }

@@ -34,6 +34,14 @@ pub struct TrainingSpec {
     #[serde(default)]
     #[schemars(range(min = 0))]
     pub seed: i64,
+    /// Whether the weights are the same bits on any number of replicas. False allows any number of replicas up to the
+    /// micro-batches of a step; a run that changes their number then ends in slightly different weights.
+    #[serde(default = "yes")]
+    pub reproducible: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 fn default_gradient_clip() -> f64 {

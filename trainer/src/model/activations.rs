@@ -232,7 +232,7 @@ mod tests {
                 tie_word_embeddings: false,
             };
             let activations = Activations::for_training(&Sizes::new(&config, batch, sequence));
-            let predicted = config.memory((batch * sequence) as u64, 1).activations_bytes;
+            let predicted = config.memory((batch * sequence) as u64, 1, 1).activations_bytes;
             prop_assert_eq!(activations.bytes(), predicted);
         }
     }
