@@ -157,7 +157,18 @@ async fn trains_in_restricted_pods_on_s3_and_loses_nothing_to_faults() -> Result
             assert!(injected > 20, "only {injected} faults: the run has not met them");
             assert_eq!(stormy.replace("/stormy/", "/calm/"), calm);
             assert!(expected == tensors(environment, &stormy).await?, "the run with faults has other bits");
-            trainer(environment, &["checkpoint", "verify", &stormy]).map(drop)
+            trainer(environment, &["checkpoint", "verify", &stormy])?;
+
+            // Four ranks write each checkpoint together, on a day as bad.
+            let gang = job(environment, &namespace.name, "gang", &environment.s3.endpoint);
+            let file = write(folder.path(), "gang.json", &gang);
+            cluster.set_s3_faults(&faults(&format!("{}/gang", namespace.name)))?;
+            let run = trainer(environment, &["run", file.to_str().unwrap(), "--quiet", "--ranks", "4"]);
+            cluster.set_s3_faults(&[])?;
+            run?;
+            let gang = newest_checkpoint(namespace, "gang", "small").await?;
+            assert!(expected == tensors(environment, &gang).await?, "four ranks with faults have other bits");
+            trainer(environment, &["checkpoint", "verify", &gang]).map(drop)
         })
         .await
 }

@@ -10,9 +10,9 @@ use growth_crds::spec::training::AdamWSpec;
 use growth_trainer::checkpoint::{
     AsyncCheckpointer, CheckpointLocation, CheckpointWriter, Retention, TokenIds, TrainingState,
 };
+use growth_trainer::collective::Alone;
 use growth_trainer::storage::{Storage, StorageOptions};
-use growth_trainer::training::stage::copy_state;
-use growth_trainer::training::step::{StepEngine, StepSettings};
+use growth_trainer::training::step::{StepEngine, StepSettings, StepSizes};
 use std::time::Instant;
 
 #[global_allocator]
@@ -38,7 +38,9 @@ fn main() {
         rms_norm_eps: 1e-5,
         tie_word_embeddings: false,
     };
-    let mut engine = StepEngine::new(config.clone(), 256, TOKENS.into(), TOKENS.into());
+    let tokens = TOKENS as usize;
+    let sizes = StepSizes { sequence: 256, micro_batch_tokens: tokens, global_batch_tokens: tokens };
+    let mut engine = StepEngine::new(config.clone(), sizes, 0, 1);
     let mut state = TrainingState::zeros(engine.model().layout());
     state.parameters.iter_mut().enumerate().for_each(|(i, p)| *p = 0.02 * ((i % 251) as f32 / 125.0 - 1.0));
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -54,7 +56,7 @@ fn main() {
         if checkpoint {
             state.step = step;
             let copied = checkpointer.submit::<std::convert::Infallible>(Vec::new(), |snapshot| {
-                copy_state(snapshot, &state);
+                snapshot.copy_from(&state, engine.model().layout());
                 Ok(())
             });
             if let Ok(Some(Err(error))) = copied {
@@ -62,7 +64,7 @@ fn main() {
             }
         }
         snapshots.push(begin.elapsed().as_secs_f64());
-        engine.step(&mut state, &ids, &ids, settings);
+        engine.step(&mut Alone, &mut state, &ids, &ids, settings).expect("one rank loses no other");
         let seconds = begin.elapsed().as_secs_f64();
         if step > INTERVAL {
             if checkpoint { during.push(seconds) } else { others.push(seconds) }
@@ -83,7 +85,7 @@ fn start(config: &ModelConfig, folder: &str) -> AsyncCheckpointer {
     let location =
         CheckpointLocation { storage, job: "bench".to_owned(), stage: "stage".to_owned(), attempt: 1 };
     let writer = CheckpointWriter::new(location, config.clone(), TokenIds::default(), Vec::new());
-    AsyncCheckpointer::start(writer, Retention { keep_last: 1, ..Retention::default() }, None)
+    AsyncCheckpointer::start(writer, Retention { keep_last: 1, ..Retention::default() }, None, None)
         .expect("a thread")
 }
 

@@ -27,6 +27,8 @@ SHAPES = {
               "vocab": 4096, "sequence": 256, "batch": 4},
 }
 CONTENDERS = {"ours": "growth-trainer", "eager": "PyTorch eager", "compile": "PyTorch compile"}
+RANKS = {"ours": "growth-trainer, 1 rank", "ranks": "growth-trainer", "ddp": "PyTorch DDP, gloo",
+         "ddp-compile": "PyTorch DDP, gloo, compile"}
 
 
 def arguments():
@@ -37,10 +39,14 @@ def arguments():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shapes", default=",".join(SHAPES), help="a comma between names")
-    parser.add_argument("--contenders", default=",".join(CONTENDERS), help="a comma between names")
+    parser.add_argument("--contenders", help="a comma between names")
+    parser.add_argument("--ranks", type=int, default=1,
+                        help="compares so many ranks of threads/N threads with one rank and with PyTorch DDP")
     parser.add_argument("--json", type=Path, help="writes every measurement there")
     parsed = parser.parse_args()
-    for names, known in (parsed.shapes, SHAPES), (parsed.contenders, CONTENDERS):
+    parsed.names = RANKS if parsed.ranks > 1 else CONTENDERS
+    parsed.contenders = parsed.contenders or ",".join(parsed.names)
+    for names, known in (parsed.shapes, SHAPES), (parsed.contenders, parsed.names):
         if unknown := set(names.split(",")) - set(known):
             parser.error(f"unknown: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
     return parsed
@@ -49,10 +55,15 @@ def arguments():
 def command(contender, shape, a):
     """The command of one measurement."""
     sizes = {**SHAPES[shape], "threads": a.threads, "warmup": a.warmup, "steps": a.steps}
+    if a.ranks > 1:
+        sizes["micro-batches"] = a.ranks
+    if a.ranks > 1 and contender != "ours":
+        sizes.update(ranks=a.ranks, threads=max(1, a.threads // a.ranks))
     flags = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    if contender == "ours":
+    if contender in ("ours", "ranks"):
         return shlex.split(os.environ.get("GROWTH_BENCH_STEP", OURS_DEFAULT)) + flags
-    return [sys.executable, str(PEER), "--mode", contender, *flags]
+    mode = "compile" if contender.endswith("compile") else "eager"
+    return [sys.executable, str(PEER), "--mode", mode, *flags]
 
 
 def measure(contender, shape, a):
@@ -91,13 +102,13 @@ def limit_share(measurements):
     return f"{statistics.median(shares):.0%}" if shares else "-"
 
 
-def row(shape, contender, results):
+def row(shape, contender, results, names):
     """One line of the table."""
-    measurements, base = results[contender], results.get("compile")
+    measurements, base = results[contender], results.get("ddp", results.get("compile"))
     rates = [m["tokens_per_second"] for m in measurements]
     memory = statistics.median(m["peak_rss_bytes"] for m in measurements)
     cells = [
-        shape, CONTENDERS[contender],
+        shape, names[contender],
         f"{statistics.median(rates):,.0f} ({min(rates):,.0f}-{max(rates):,.0f})",
         ratio(measurements, base, "tokens_per_second"),
         f"{memory / 1e9:.2f} GB", ratio(measurements, base, "peak_rss_bytes"), limit_share(measurements),
@@ -109,11 +120,17 @@ def main():
     """Measures, prints the table, writes the JSON file."""
     a = arguments()
     everything = {shape: run_rounds(shape, a) for shape in a.shapes.split(",")}
-    print("| shape | trainer | tokens/s, median (min-max) | speed / compile | peak memory | memory / compile | of GEMM limit |")
+    base = "DDP" if a.ranks > 1 else "compile"
+    print(f"| shape | trainer | tokens/s, median (min-max) | speed / {base} | peak memory | memory / {base} "
+          "| of GEMM limit |")
     print("|---|---|---|---|---|---|---|")
     for shape, results in everything.items():
         for contender in results:
-            print(row(shape, contender, results))
+            print(row(shape, contender, results, a.names))
+    if a.ranks > 1:
+        for shape, results in everything.items():
+            for name in "waited_seconds", "wire_seconds", "copy_seconds":
+                print(f"{shape}, {a.ranks} ranks: {name} {statistics.median(m[name] for m in results['ranks']):.4f}")
     if a.json:
         settings = {"rounds": a.rounds, "warmup": a.warmup, "steps": a.steps, "threads": a.threads}
         a.json.write_text(json.dumps({"settings": settings, "shapes": SHAPES, "results": everything}, indent=1) + "\n")

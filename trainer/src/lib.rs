@@ -1,6 +1,7 @@
 //! Trains LLaMA models, grows them and goes on training, bit-reproducibly.
 
 pub mod checkpoint;
+pub mod collective;
 pub mod data;
 pub mod growth;
 pub mod inference;

@@ -1,5 +1,6 @@
 //! What rank 0 of a training pod serves: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for probes.
 
+use crate::training::attempt::Activity;
 use crate::training::board::ProgressBoard;
 use axum::extract::State;
 use axum::http::{StatusCode, header};
@@ -52,12 +53,12 @@ async fn progress(State(board): State<Arc<ProgressBoard>>) -> Response {
 }
 
 async fn metrics(State(board): State<Arc<ProgressBoard>>) -> Response {
-    let text = board.read().map(|progress| exposition(&progress)).unwrap_or_default();
+    let text = board.read().map(|progress| exposition(&progress, &board.activity())).unwrap_or_default();
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
 /// The text format of Prometheus, version 0.0.4.
-fn exposition(progress: &Progress) -> String {
+fn exposition(progress: &Progress, activity: &Activity) -> String {
     let mut text = String::new();
     let labels = format!("stage=\"{}\",attempt=\"{}\"", progress.stage, progress.attempt);
     let mut gauge = |name: &str, help: &str, value: f64| {
@@ -73,6 +74,12 @@ fn exposition(progress: &Progress) -> String {
     }
     if let Some(checkpoint) = &progress.checkpoint {
         gauge("checkpoint_step", "Step of the last committed checkpoint.", checkpoint.step as f64);
+    }
+    let name = "growth_trainer_seconds_total";
+    let help = "What the time of this attempt was spent on.";
+    let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} counter");
+    for (part, seconds) in activity.parts() {
+        let _ = writeln!(text, "{name}{{{labels},activity=\"{part}\"}} {seconds:.3}");
     }
     text
 }
@@ -119,6 +126,10 @@ mod tests {
         assert_eq!((progress.step, progress.tokens, progress.loss), (1, 100, Some(2.5)));
         assert!((progress.tokens_per_second - 200.0).abs() < 1e-6);
         let metrics = get(address, "/metrics");
+        board.spent(Activity { waiting: 1.5, ..Activity::default() });
+        let seconds =
+            "growth_trainer_seconds_total{stage=\"small\",attempt=\"2\",activity=\"waiting\"} 1.500\n";
+        assert!(get(address, "/metrics").contains(seconds));
         assert!(metrics.contains("growth_trainer_tokens{stage=\"small\",attempt=\"2\"} 100\n"), "{metrics}");
     }
 }

@@ -7,10 +7,11 @@ mod reference;
 use growth_crds::plan::ModelConfig;
 use growth_crds::spec::training::AdamWSpec;
 use growth_trainer::checkpoint::TrainingState;
+use growth_trainer::collective::Alone;
 use growth_trainer::model::activations::{Activations, BlockActivations, Scratch, Sizes};
 use growth_trainer::model::layout::TensorKind;
 use growth_trainer::model::llama::{Llama, Tokens};
-use growth_trainer::training::step::{StepEngine, StepReport, StepSettings};
+use growth_trainer::training::step::{StepEngine, StepReport, StepSettings, StepSizes};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use reference::Reference;
@@ -382,6 +383,10 @@ fn random_tokens(count: usize, vocab: u32, seed: u64) -> (Vec<u32>, Vec<u32>) {
 }
 
 /// Trains `steps` steps of `micro_batches` times `per_micro_batch` sequences of 70 tokens.
+fn sizes(sequence: usize, micro_batch_tokens: usize, global_batch_tokens: usize) -> StepSizes {
+    StepSizes { sequence, micro_batch_tokens, global_batch_tokens }
+}
+
 fn train_steps(
     micro_batches: usize,
     per_micro_batch: usize,
@@ -390,12 +395,12 @@ fn train_steps(
 ) -> (TrainingState, Vec<StepReport>) {
     let config = ModelConfig { hidden_size: 48, intermediate_size: 100, vocab_size: 157, ..base() };
     let tokens = 70 * micro_batches * per_micro_batch;
-    let mut engine = StepEngine::new(config, 70, 70 * per_micro_batch as u64, tokens as u64);
+    let mut engine = StepEngine::new(config, sizes(70, 70 * per_micro_batch, tokens), 0, 1);
     let mut state = random_state(engine.model(), 5);
     let settings = StepSettings { adam_w, learning_rate: 1e-3, gradient_clip: 1.0 };
     let reports = (0..steps).map(|step| {
         let (ids, targets) = random_tokens(tokens, 157, 6 + step);
-        engine.step(&mut state, &ids, &targets, settings)
+        engine.step(&mut Alone, &mut state, &ids, &targets, settings).unwrap()
     });
     let reports = reports.collect();
     (state, reports)
@@ -468,7 +473,7 @@ fn elements(activations: &Activations) -> usize {
 fn bytes_count_every_buffer() {
     // Micro-batches, buffers of the tree: a leaf and one for each doubling.
     for (micro_batches, buffers) in [(1, 1), (2, 2), (3, 3), (4, 3), (5, 4)] {
-        let engine = StepEngine::new(base(), 10, 20, 20 * micro_batches);
+        let engine = StepEngine::new(base(), sizes(10, 20, 20 * micro_batches), 0, 1);
         let activations = Activations::for_training(&Sizes::new(&base(), 2, 10));
         let floats = elements(&activations) + buffers * engine.model().layout().total_len();
         assert_eq!(engine.bytes(), 4 * floats as u64, "{micro_batches} micro-batches");
@@ -516,7 +521,7 @@ impl Optimizer {
 
 /// 50 steps of the engine beside 50 of the f64 optimizer, on the gradients of the engine's weights.
 fn compare_optimizers(config: ModelConfig, decay_norms_and_embeddings: bool, gradient_clip: f64) {
-    let mut engine = StepEngine::new(config, 10, 20, 20);
+    let mut engine = StepEngine::new(config, sizes(10, 20, 20), 0, 1);
     let mut state = random_state(engine.model(), 7);
     let mut reference = Optimizer::new(&state.parameters);
     let adam_w = AdamWSpec { decay_norms_and_embeddings, ..AdamWSpec::default() };
@@ -528,7 +533,7 @@ fn compare_optimizers(config: ModelConfig, decay_norms_and_embeddings: bool, gra
         let tokens = Tokens { ids: &ids, targets: &targets, sequence: 10 };
         engine.model().train(&mut gradients, &mut activations, &state.parameters, tokens, 1.0 / 20.0);
         reference.step(engine.model(), &widen(&gradients), settings);
-        let report = engine.step(&mut state, &ids, &targets, settings);
+        let report = engine.step(&mut Alone, &mut state, &ids, &targets, settings).unwrap();
         assert!((report.gradient_norm / norm(&widen(&gradients)) - 1.0).abs() < 1e-12);
     }
     assert_eq!(state.optimizer_step, 50);
@@ -558,16 +563,12 @@ fn the_optimizer_is_that_of_pytorch() {
 #[test]
 fn a_norm_below_the_limit_is_not_clipped() {
     let clip_at = |gradient_clip| {
-        let mut engine = StepEngine::new(base(), 10, 20, 20);
+        let mut engine = StepEngine::new(base(), sizes(10, 20, 20), 0, 1);
         let mut state = random_state(engine.model(), 9);
         let (ids, targets) = random_tokens(20, 41, 10);
         let adam_w = AdamWSpec::default();
-        engine.step(
-            &mut state,
-            &ids,
-            &targets,
-            StepSettings { adam_w: &adam_w, learning_rate: 1e-3, gradient_clip },
-        );
+        let settings = StepSettings { adam_w: &adam_w, learning_rate: 1e-3, gradient_clip };
+        engine.step(&mut Alone, &mut state, &ids, &targets, settings).unwrap();
         state.exp_avg
     };
     assert_eq!(clip_at(1e6), clip_at(0.0));
@@ -583,8 +584,9 @@ fn evaluates_any_number_of_sequences() {
         / case.ids.len() as f64;
     let means: Vec<f64> = [1, 2, 3, 5, 8]
         .map(|per_micro_batch| {
-            let mut engine = StepEngine::new(base(), 12, 12 * per_micro_batch, 12 * per_micro_batch);
-            engine.evaluate(&case.parameters, &case.ids, &case.targets)
+            let mut engine =
+                StepEngine::new(base(), sizes(12, 12 * per_micro_batch, 12 * per_micro_batch), 0, 1);
+            engine.evaluate(&mut Alone, &case.parameters, &case.ids, &case.targets).unwrap()
         })
         .into();
     assert!((means[0] / expected - 1.0).abs() < FORWARD_TOLERANCE, "{} {expected}", means[0]);
@@ -594,16 +596,16 @@ fn evaluates_any_number_of_sequences() {
 #[test]
 fn evaluating_between_steps_changes_nothing() {
     let run = |evaluate: bool| {
-        let mut engine = StepEngine::new(base(), 10, 20, 60);
+        let mut engine = StepEngine::new(base(), sizes(10, 20, 60), 0, 1);
         let mut state = random_state(engine.model(), 12);
         let adam_w = AdamWSpec::default();
         for step in 0..2 {
             let (ids, targets) = random_tokens(60, 41, 13 + step);
             if evaluate {
-                engine.evaluate(&state.parameters, &targets[..50], &ids[..50]);
+                engine.evaluate(&mut Alone, &state.parameters, &targets[..50], &ids[..50]).unwrap();
             }
             let settings = StepSettings { adam_w: &adam_w, learning_rate: 1e-3, gradient_clip: 1.0 };
-            engine.step(&mut state, &ids, &targets, settings);
+            engine.step(&mut Alone, &mut state, &ids, &targets, settings).unwrap();
         }
         state.parameters
     };

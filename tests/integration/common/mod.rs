@@ -60,7 +60,8 @@ pub fn job(environment: &Environment, prefix: &str, runs: &str, endpoint: &str) 
         "region": s3.region,
         "credentialsSecretRef": {"name": "s3-keys"},
     });
-    spec["training"] = json!({"sequenceLength": 64, "globalBatchTokens": 512, "seed": 7});
+    spec["training"] =
+        json!({"sequenceLength": 64, "globalBatchTokens": 512, "microBatchTokens": 128, "seed": 7});
     spec["evaluation"] = json!({"tokens": 512});
     spec["checkpoint"] = json!({"everyTokens": 1024, "keepLast": 2});
     spec["stages"] = json!([{"name": "small", "model": {"numHiddenLayers": 2}, "tokens": 20480}]);

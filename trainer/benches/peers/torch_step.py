@@ -5,13 +5,17 @@ A step is forward, backward, gradient clipping to norm 1 and AdamW, in fp32, on 
 written for speed, not for teaching: one GEMM for query, key and value, one for gate and up, fused attention,
 fused norm and cross entropy where PyTorch has them.
 
+With --ranks N it starts N processes that share the batch through DistributedDataParallel over gloo.
+
 Prints one JSON line: tokens_per_second (median over the timed steps), step_seconds, peak_rss_bytes.
 """
 
 import argparse
 import json
 import os
+import socket
 import statistics
+import subprocess
 import sys
 import time
 
@@ -20,7 +24,9 @@ def arguments():
     """The command line; shapes are named as in the other benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", choices=["eager", "compile"], default="eager")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of each rank")
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--micro-batches", type=int, default=1, help="as in our benchmark: one a rank")
     for name, value in [
         ("hidden", 256), ("layers", 8), ("heads", 4), ("kv-heads", 4), ("intermediate", 688),
         ("vocab", 4096), ("sequence", 256), ("batch", 8), ("warmup", 3), ("steps", 10),
@@ -45,6 +51,7 @@ ARGS = arguments()
 tune_allocator()
 
 import torch  # noqa: E402  (the allocator must be settled before)
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
@@ -152,17 +159,38 @@ def build(a):
     optimizer = torch.optim.AdamW(
         parameters, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
     )
+    if a.ranks > 1:
+        model = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
     return torch.compile(model) if a.mode == "compile" else model, parameters, optimizer
+
+
+def join(ranks):
+    """Starts the other ranks, unless this is one of them, and meets them; returns them."""
+    if ranks == 1:
+        return []
+    others = []
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE=str(ranks), RANK="0")
+        for rank in range(1, ranks):
+            environment = {**os.environ, "RANK": str(rank)}
+            others.append(subprocess.Popen([sys.executable, *sys.argv], env=environment, stdout=subprocess.DEVNULL))
+    dist.init_process_group("gloo")
+    return others
 
 
 def main():
     """Times the steps and prints the JSON line."""
     torch.set_num_threads(ARGS.threads)
     torch.manual_seed(1)
+    others = join(ARGS.ranks)
+    batch = ARGS.batch // ARGS.ranks
     loss_of, parameters, optimizer = build(ARGS)
     seconds = []
     for _ in range(ARGS.warmup + ARGS.steps):
-        tokens = torch.randint(ARGS.vocab, (ARGS.batch, ARGS.sequence + 1))
+        tokens = torch.randint(ARGS.vocab, (batch, ARGS.sequence + 1))
         start = time.perf_counter()
         loss = loss_of(tokens[:, :-1], tokens[:, 1:])
         loss.backward()
@@ -171,6 +199,10 @@ def main():
         optimizer.zero_grad(set_to_none=True)
         loss.item()
         seconds.append(time.perf_counter() - start)
+    if ARGS.ranks > 1:
+        dist.destroy_process_group()
+    for other in others:
+        other.wait()
     timed = seconds[ARGS.warmup:]
     rate = ARGS.batch * ARGS.sequence / statistics.median(timed)
     print(json.dumps({"tokens_per_second": rate, "step_seconds": timed, "peak_rss_bytes": peak_rss_bytes()}))

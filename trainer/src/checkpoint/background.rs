@@ -2,7 +2,8 @@
 
 use super::error::{CheckpointError, Result};
 use super::retention::{Retention, prune, remove_unfinished};
-use super::{CheckpointWriter, ExtraFile, Pace, TrainingState};
+use super::{CheckpointWriter, ExtraFile, Pace, Snapshot, folder_name, gang};
+use crate::collective::Notes;
 use crate::storage::yield_to_computation;
 use growth_crds::protocol::CheckpointManifest;
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
@@ -23,18 +24,18 @@ pub struct Committed {
 pub type Outcome = Result<Committed>;
 
 struct Task {
-    snapshot: TrainingState,
+    snapshot: Snapshot,
     records: Vec<ExtraFile>,
 }
 
 struct Done {
-    snapshot: TrainingState,
+    snapshot: Snapshot,
     outcome: Outcome,
 }
 
 /// Where the one snapshot is.
-enum Snapshot {
-    Here(TrainingState),
+enum Place {
+    Here(Snapshot),
     Writing,
     Lost,
 }
@@ -44,14 +45,15 @@ pub struct AsyncCheckpointer {
     tasks: Option<SyncSender<Task>>,
     done: Receiver<Done>,
     thread: Option<JoinHandle<()>>,
-    snapshot: Snapshot,
+    snapshot: Place,
     outcome: Option<Outcome>,
     last_good: Option<String>,
     pace: Pace,
 }
 
 impl AsyncCheckpointer {
-    /// Starts the thread. `last_good` is the address of the checkpoint that this run started from.
+    /// Starts the thread. `last_good` is the address of the checkpoint that this run started from; `notes` lead to the
+    /// other ranks, each of which has such a thread.
     ///
     /// # Errors
     /// When no thread can be started.
@@ -59,16 +61,18 @@ impl AsyncCheckpointer {
         mut writer: CheckpointWriter,
         retention: Retention,
         last_good: Option<String>,
+        notes: Option<Notes>,
     ) -> Result<Self> {
+        let (rank, world_size) = notes.as_ref().map_or((0, 1), |notes| (notes.rank(), notes.world_size()));
         let pace = Pace::gentle();
         writer.pace = pace.clone();
-        let snapshot = Snapshot::Here(TrainingState::zeros(&writer.layout));
+        let snapshot = Place::Here(Snapshot::new(&writer.table(), &writer.layout, rank, world_size));
         let (tasks, inbox) = sync_channel::<Task>(1);
         let (outbox, done) = sync_channel(1);
         let work = move || {
             yield_to_computation();
             for Task { snapshot, records } in inbox {
-                let outcome = write(&writer, &retention, &snapshot, &records);
+                let outcome = write(&writer, &retention, notes.as_ref(), &snapshot, &records);
                 if outbox.send(Done { snapshot, outcome }).is_err() {
                     break;
                 }
@@ -91,20 +95,20 @@ impl AsyncCheckpointer {
     pub fn submit<E>(
         &mut self,
         records: Vec<ExtraFile>,
-        fill: impl FnOnce(&mut TrainingState) -> std::result::Result<(), E>,
+        fill: impl FnOnce(&mut Snapshot) -> std::result::Result<(), E>,
     ) -> std::result::Result<Option<Outcome>, E> {
         self.wait();
         let before = self.outcome.take();
-        match std::mem::replace(&mut self.snapshot, Snapshot::Lost) {
-            Snapshot::Here(mut snapshot) => {
+        match std::mem::replace(&mut self.snapshot, Place::Lost) {
+            Place::Here(mut snapshot) => {
                 let filled = fill(&mut snapshot);
                 if filled.is_err() {
-                    self.snapshot = Snapshot::Here(snapshot);
+                    self.snapshot = Place::Here(snapshot);
                     return filled.map(|()| before);
                 }
                 self.send(Task { snapshot, records });
             }
-            Snapshot::Writing | Snapshot::Lost => self.outcome = Some(Err(self.dead())),
+            Place::Writing | Place::Lost => self.outcome = Some(Err(self.dead())),
         }
         Ok(before)
     }
@@ -112,7 +116,7 @@ impl AsyncCheckpointer {
     fn send(&mut self, task: Task) {
         self.pace.set_unhurried(true);
         match self.tasks.as_ref().map(|tasks| tasks.send(task)) {
-            Some(Ok(())) => self.snapshot = Snapshot::Writing,
+            Some(Ok(())) => self.snapshot = Place::Writing,
             _ => self.outcome = Some(Err(self.dead())),
         }
     }
@@ -132,7 +136,7 @@ impl AsyncCheckpointer {
     /// Whether a checkpoint is being written.
     pub fn is_busy(&mut self) -> bool {
         self.receive_if_done();
-        matches!(self.snapshot, Snapshot::Writing)
+        matches!(self.snapshot, Place::Writing)
     }
 
     /// Address of the newest checkpoint known to be committed.
@@ -153,7 +157,7 @@ impl AsyncCheckpointer {
     }
 
     fn wait(&mut self) {
-        if matches!(self.snapshot, Snapshot::Writing) {
+        if matches!(self.snapshot, Place::Writing) {
             self.pace.set_unhurried(false);
             let done = self.done.recv().ok();
             self.receive(done);
@@ -161,7 +165,7 @@ impl AsyncCheckpointer {
     }
 
     fn receive_if_done(&mut self) {
-        if matches!(self.snapshot, Snapshot::Writing) {
+        if matches!(self.snapshot, Place::Writing) {
             match self.done.try_recv() {
                 Ok(done) => self.receive(Some(done)),
                 Err(TryRecvError::Disconnected) => self.receive(None),
@@ -173,14 +177,14 @@ impl AsyncCheckpointer {
     fn receive(&mut self, done: Option<Done>) {
         match done {
             Some(Done { snapshot, outcome }) => {
-                self.snapshot = Snapshot::Here(snapshot);
+                self.snapshot = Place::Here(snapshot);
                 if let Ok(committed) = &outcome {
                     self.last_good = Some(committed.uri.clone());
                 }
                 self.outcome = Some(outcome);
             }
             None => {
-                self.snapshot = Snapshot::Lost;
+                self.snapshot = Place::Lost;
                 self.outcome = Some(Err(self.dead()));
             }
         }
@@ -213,15 +217,23 @@ fn describe(last_good: Option<&str>) -> String {
 fn write(
     writer: &CheckpointWriter,
     retention: &Retention,
-    snapshot: &TrainingState,
+    notes: Option<&Notes>,
+    snapshot: &Snapshot,
     records: &[ExtraFile],
 ) -> Outcome {
     let location = &writer.location;
-    // A write that failed may have filled the disk. If this fails too, the write below says why.
-    let _ = remove_unfinished(&location.storage, &location.job, &location.stage, location.attempt);
-    let manifest = writer.write(snapshot, records)?;
+    let uri = location.folder(snapshot.step).uri().to_owned();
+    if notes.is_some_and(|notes| notes.rank() > 0) {
+        let manifest = gang::write(writer, notes, snapshot, records)?;
+        return Ok(Committed { manifest, uri, warning: None });
+    }
+    // A write that failed may have filled the disk. If this fails too, the write below says why. Other ranks may be at
+    // work in the folder of this one already.
+    let current = notes.map(|_| folder_name(snapshot.step, location.attempt)).unwrap_or_default();
+    let _ = remove_unfinished(&location.storage, &location.job, &location.stage, location.attempt, &current);
+    let manifest = gang::write(writer, notes, snapshot, records)?;
     let warning = prune(&location.storage, &manifest, retention)
         .err()
         .map(|error| format!("old checkpoints were not deleted and take space: {error}"));
-    Ok(Committed { uri: location.folder(manifest.step).uri().to_owned(), manifest, warning })
+    Ok(Committed { manifest, uri, warning })
 }

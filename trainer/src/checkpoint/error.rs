@@ -1,5 +1,6 @@
 //! What can go wrong with a checkpoint.
 
+use crate::collective::CollectiveError;
 use crate::storage::StorageError;
 
 /// Result of a checkpoint operation.
@@ -156,6 +157,17 @@ pub enum CheckpointError {
         /// The newest committed checkpoint.
         last_good: String,
     },
+    /// Another rank could not do its part.
+    #[error("rank {rank} could not do its part of the checkpoint: {problem}")]
+    Rank {
+        /// The rank.
+        rank: usize,
+        /// What it said.
+        problem: String,
+    },
+    /// Another rank is lost.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
     /// The last checkpoint of a stage could not be written.
     #[error(
         "the last checkpoint of the stage could not be written: {source}; nothing is lost before {last_good}: fix \
@@ -172,7 +184,7 @@ pub enum CheckpointError {
 impl CheckpointError {
     /// Whether the bytes themselves are wrong or gone, so that an older checkpoint may help. A store that does not
     /// answer is not damage: falling back would throw finished training away.
-    pub(crate) fn is_damage(&self) -> bool {
+    pub fn is_damage(&self) -> bool {
         match self {
             Self::Storage(error) => matches!(error, StorageError::NotFound { .. }),
             Self::Damaged { .. } => true,

@@ -4,11 +4,13 @@
 mod background;
 mod config;
 mod error;
+mod gang;
 mod huggingface;
 mod objects;
 mod pace;
 mod reader;
 mod retention;
+mod snapshot;
 mod tensor_file;
 mod writer;
 
@@ -18,8 +20,9 @@ pub use error::{CheckpointError, Result};
 pub use huggingface::HuggingFaceFolder;
 pub use objects::{Problem, state_digest, verify};
 pub use pace::Pace;
-pub use reader::{Commit, Found, latest_valid, list, load, next_attempt, resume};
+pub use reader::{Commit, Found, LoadedPart, latest_valid, list, load, load_part, next_attempt, resume};
 pub use retention::{Retention, prune, remove_unfinished};
+pub use snapshot::{ObjectTable, Snapshot, copy};
 pub use writer::{CheckpointLocation, CheckpointWriter, DEFAULT_SHARD_BYTES};
 
 pub(crate) use objects::{digest_bytes, digest_object, verify_objects};
@@ -75,6 +78,46 @@ impl TrainingState {
     /// Whether there are moments.
     pub fn has_moments(&self) -> bool {
         !self.exp_avg.is_empty()
+    }
+}
+
+/// Which vector of a state.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// Weights.
+    Parameters,
+    /// First moments.
+    ExpAvg,
+    /// Second moments.
+    ExpAvgSq,
+}
+
+/// One tensor of a state.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct StateTensor {
+    /// The vector that it lies in.
+    pub part: Part,
+    /// Its position in the layout.
+    pub tensor: usize,
+}
+
+impl StateTensor {
+    /// The vector of `state` that it lies in.
+    pub fn vector_of(self, state: &TrainingState) -> &Vec<f32> {
+        match self.part {
+            Part::Parameters => &state.parameters,
+            Part::ExpAvg => &state.exp_avg,
+            Part::ExpAvgSq => &state.exp_avg_sq,
+        }
+    }
+
+    /// The vector of `state` that it lies in, to be changed.
+    pub fn vector_of_mut(self, state: &mut TrainingState) -> &mut Vec<f32> {
+        match self.part {
+            Part::Parameters => &mut state.parameters,
+            Part::ExpAvg => &mut state.exp_avg,
+            Part::ExpAvgSq => &mut state.exp_avg_sq,
+        }
     }
 }
 

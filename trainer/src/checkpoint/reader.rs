@@ -4,8 +4,8 @@ use super::error::{CheckpointError, Result};
 use super::objects::{HashingReader, Problem, check_manifest, object_problem, verify, verify_objects};
 use super::tensor_file::{PIECE_BYTES, TensorPlace, read_header};
 use super::{
-    TRAINER_STATE_FILE, TrainerState, TrainingState, checkpoint_folder, folder_name, is_model_shard,
-    is_optimizer_shard, parse_folder_name, stage_folder,
+    Part, StateTensor, TRAINER_STATE_FILE, TrainerState, TrainingState, checkpoint_folder, folder_name,
+    is_model_shard, is_optimizer_shard, parse_folder_name, stage_folder,
 };
 use crate::model::layout::{ParameterLayout, ParameterTensor};
 use crate::storage::{Storage, StorageError};
@@ -180,6 +180,56 @@ fn load_from(
     manifest: &CheckpointManifest,
     layout: &ParameterLayout,
 ) -> Result<TrainingState> {
+    let LoadedPart { state, tensors } = load_some(folder, manifest, layout, 0, 1)?;
+    check_complete(folder, layout, &tensors)?;
+    Ok(state)
+}
+
+/// What one rank has loaded of a checkpoint.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoadedPart {
+    /// Whole vectors, of which only `tensors` are filled in; moments are empty where none were loaded.
+    pub state: TrainingState,
+    /// The tensors that were loaded, in the order of the objects.
+    pub tensors: Vec<StateTensor>,
+}
+
+impl LoadedPart {
+    /// Checks that the parts of all ranks together are the whole model; moments may be absent altogether.
+    ///
+    /// # Errors
+    /// The tensor that is missing.
+    pub fn check_complete(
+        storage: &Storage,
+        manifest: &CheckpointManifest,
+        layout: &ParameterLayout,
+        tensors: &[StateTensor],
+    ) -> Result<()> {
+        check_complete(&checkpoint_folder(storage, manifest), layout, tensors)
+    }
+}
+
+/// Loads and verifies every `world_size`-th object with tensors, beginning with object `rank`.
+///
+/// # Errors
+/// When an object is damaged, or its tensors are not those of `layout`.
+pub fn load_part(
+    storage: &Storage,
+    manifest: &CheckpointManifest,
+    layout: &ParameterLayout,
+    rank: usize,
+    world_size: usize,
+) -> Result<LoadedPart> {
+    load_some(&checkpoint_folder(storage, manifest), manifest, layout, rank, world_size)
+}
+
+fn load_some(
+    folder: &Storage,
+    manifest: &CheckpointManifest,
+    layout: &ParameterLayout,
+    rank: usize,
+    world_size: usize,
+) -> Result<LoadedPart> {
     let (shards, others): (Vec<_>, Vec<_>) = manifest
         .objects
         .iter()
@@ -193,13 +243,13 @@ fn load_from(
     loader.state.step = position.step;
     loader.state.tokens = position.tokens;
     loader.state.optimizer_step = position.optimizer_step;
-    for object in shards {
+    for object in shards.into_iter().skip(rank).step_by(world_size) {
         // A damaged header may look like a wrong model, so the digest has the first word on every error.
         if let Err(error) = loader.object(object) {
             return Err(damage_of(folder, object)?.unwrap_or(error));
         }
     }
-    loader.finish()
+    Ok(LoadedPart { state: loader.state, tensors: loader.tensors })
 }
 
 /// The damage of an object, if there is one.
@@ -227,27 +277,19 @@ pub(crate) fn read_trainer_state(folder: &Storage, manifest: &CheckpointManifest
     Ok(position)
 }
 
-/// Which flat vector a tensor of a checkpoint belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Part {
-    Parameters,
-    ExpAvg,
-    ExpAvgSq,
-}
-
 /// Fills a state object by object.
 struct Loader<'a> {
     folder: &'a Storage,
     layout: &'a ParameterLayout,
     state: TrainingState,
-    seen: HashSet<(usize, Part)>,
+    tensors: Vec<StateTensor>,
     piece: Vec<u8>,
 }
 
 impl<'a> Loader<'a> {
     fn new(folder: &'a Storage, layout: &'a ParameterLayout) -> Self {
         let state = TrainingState { parameters: vec![0.0; layout.total_len()], ..TrainingState::default() };
-        Self { folder, layout, state, seen: HashSet::new(), piece: Vec::new() }
+        Self { folder, layout, state, tensors: Vec::new(), piece: Vec::new() }
     }
 
     /// Reads one object from front to back, and its digest with it.
@@ -258,7 +300,8 @@ impl<'a> Loader<'a> {
         let mut header = vec![0; (reader.bytes() - data) as usize];
         reader.read_exact(&mut header)?;
         for (name, place) in &tensors {
-            let (tensor, part) = self.place_of(&object.name, name)?;
+            let found = self.place_of(&object.name, name)?;
+            let tensor = &self.layout.tensors()[found.tensor];
             if place.shape != tensor.shape {
                 return Err(CheckpointError::WrongShape {
                     uri: self.folder.uri_of(&object.name),
@@ -267,8 +310,8 @@ impl<'a> Loader<'a> {
                     expected: tensor.shape.clone(),
                 });
             }
-            self.seen.insert((tensor.offset, part));
-            self.tensor(&mut reader, place, tensor, part)?;
+            self.tensors.push(found);
+            self.tensor(&mut reader, place, tensor, found)?;
         }
         match object_problem(object, reader.bytes(), &reader.digest()) {
             None => Ok(()),
@@ -276,18 +319,18 @@ impl<'a> Loader<'a> {
         }
     }
 
-    /// The layout's tensor and the vector that `name` of an object means.
-    fn place_of(&self, object: &str, name: &str) -> Result<(&'a ParameterTensor, Part)> {
+    /// The tensor of the state that `name` of an object means.
+    fn place_of(&self, object: &str, name: &str) -> Result<StateTensor> {
         let (tensor, part) = match name.rsplit_once('/') {
             Some((tensor, "exp_avg")) => (tensor, Part::ExpAvg),
             Some((tensor, "exp_avg_sq")) => (tensor, Part::ExpAvgSq),
             _ => (name, Part::Parameters),
         };
-        let tensor = self.layout.find(tensor).ok_or_else(|| CheckpointError::UnknownTensor {
+        let tensor = self.layout.position(tensor).ok_or_else(|| CheckpointError::UnknownTensor {
             uri: self.folder.uri_of(object),
             tensor: name.to_owned(),
         })?;
-        Ok((tensor, part))
+        Ok(StateTensor { part, tensor })
     }
 
     fn tensor(
@@ -295,13 +338,9 @@ impl<'a> Loader<'a> {
         reader: &mut HashingReader,
         place: &TensorPlace,
         tensor: &ParameterTensor,
-        part: Part,
+        found: StateTensor,
     ) -> Result<()> {
-        let vector = match part {
-            Part::Parameters => &mut self.state.parameters,
-            Part::ExpAvg => &mut self.state.exp_avg,
-            Part::ExpAvgSq => &mut self.state.exp_avg_sq,
-        };
+        let vector = found.vector_of_mut(&mut self.state);
         vector.resize(self.layout.total_len(), 0.0);
         let width = place.number_type.bytes();
         for numbers in vector[tensor.range()].chunks_mut(PIECE_BYTES / width) {
@@ -311,24 +350,25 @@ impl<'a> Loader<'a> {
         }
         Ok(())
     }
+}
 
-    /// The state, when every tensor was there; moments may be absent altogether.
-    fn finish(self) -> Result<TrainingState> {
-        let mut parts = vec![(Part::Parameters, "")];
-        if !self.state.exp_avg.is_empty() || !self.state.exp_avg_sq.is_empty() {
-            parts.extend([(Part::ExpAvg, "/exp_avg"), (Part::ExpAvgSq, "/exp_avg_sq")]);
-        }
-        for tensor in self.layout.tensors() {
-            for (part, suffix) in &parts {
-                if !self.seen.contains(&(tensor.offset, *part)) {
-                    return Err(CheckpointError::MissingTensor {
-                        uri: self.folder.uri().to_owned(),
-                        tensor: format!("{}{suffix}", tensor.name),
-                        expected: tensor.shape.clone(),
-                    });
-                }
+/// Whether every tensor of the model is there; moments may be absent altogether.
+fn check_complete(folder: &Storage, layout: &ParameterLayout, tensors: &[StateTensor]) -> Result<()> {
+    let found: HashSet<&StateTensor> = tensors.iter().collect();
+    let mut parts = vec![(Part::Parameters, "")];
+    if tensors.iter().any(|tensor| tensor.part != Part::Parameters) {
+        parts.extend([(Part::ExpAvg, "/exp_avg"), (Part::ExpAvgSq, "/exp_avg_sq")]);
+    }
+    for (index, tensor) in layout.tensors().iter().enumerate() {
+        for (part, suffix) in &parts {
+            if !found.contains(&StateTensor { part: *part, tensor: index }) {
+                return Err(CheckpointError::MissingTensor {
+                    uri: folder.uri().to_owned(),
+                    tensor: format!("{}{suffix}", tensor.name),
+                    expected: tensor.shape.clone(),
+                });
             }
         }
-        Ok(self.state)
     }
+    Ok(())
 }

@@ -44,14 +44,21 @@ pub fn prune(storage: &Storage, written: &CheckpointManifest, retention: &Retent
     Ok(names)
 }
 
-/// Deletes what `attempt` and older attempts left without a manifest, so that it does not fill the disk. Returns the
-/// names of the deleted folders.
+/// Deletes what `attempt` and older attempts left without a manifest, so that it does not fill the disk; not the folder
+/// `current`, which is being written. Returns the names of the deleted folders.
 ///
 /// # Errors
 /// When the storage fails.
-pub fn remove_unfinished(storage: &Storage, job: &str, stage: &str, attempt: u32) -> Result<Vec<String>> {
+pub fn remove_unfinished(
+    storage: &Storage,
+    job: &str,
+    stage: &str,
+    attempt: u32,
+    current: &str,
+) -> Result<Vec<String>> {
     let found = list(storage, job, stage)?;
-    let names: Vec<String> = unfinished(&found, attempt).map(Found::name).collect();
+    let names = unfinished(&found, attempt).map(Found::name).filter(|name| name != current);
+    let names: Vec<String> = names.collect();
     for name in &names {
         delete(&stage_folder(storage, job, stage).join(name))?;
     }

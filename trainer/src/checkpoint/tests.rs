@@ -245,13 +245,14 @@ fn checkpoints_are_written_in_the_background_and_old_ones_deleted() {
     let writer = writer(&storage, 1, &config(1, false));
     let layout = writer.layout.clone();
     let retention = Retention { keep_last: 2, ..Retention::default() };
-    let mut checkpointer = AsyncCheckpointer::start(writer, retention, None).unwrap();
+    let mut checkpointer = AsyncCheckpointer::start(writer, retention, None, None).unwrap();
     let mut addresses = BTreeSet::new();
     let mut committed = Vec::new();
     for step in [1, 2, 3, 4] {
         let before = checkpointer.submit(Vec::new(), |snapshot| {
-            addresses.insert(snapshot.parameters.as_ptr() as usize);
-            copy(&state(&layout, step), snapshot);
+            let first = StateTensor { part: Part::Parameters, tensor: 0 };
+            addresses.insert(snapshot.numbers(first).unwrap().as_ptr() as usize);
+            snapshot.copy_from(&state(&layout, step), &layout);
             Ok::<(), Infallible>(())
         });
         committed.extend(before.unwrap().map(|outcome| outcome.unwrap().manifest.step));
@@ -270,13 +271,6 @@ fn checkpoints_are_written_in_the_background_and_old_ones_deleted() {
     assert!(checkpointer.last_good().unwrap().ends_with("00000004-1"));
 }
 
-fn copy(from: &TrainingState, snapshot: &mut TrainingState) {
-    (snapshot.step, snapshot.tokens, snapshot.optimizer_step) = (from.step, from.tokens, from.optimizer_step);
-    snapshot.parameters.copy_from_slice(&from.parameters);
-    snapshot.exp_avg.copy_from_slice(&from.exp_avg);
-    snapshot.exp_avg_sq.copy_from_slice(&from.exp_avg_sq);
-}
-
 #[test]
 fn a_failed_write_leaves_the_last_checkpoint_good_and_can_be_tried_again() {
     let (root, storage) = storage();
@@ -284,10 +278,11 @@ fn a_failed_write_leaves_the_last_checkpoint_good_and_can_be_tried_again() {
     let (layout, direct) = (writer.layout.clone(), writer.clone());
     let stage = root.path().join("job/checkpoints/small");
     let mut checkpointer =
-        AsyncCheckpointer::start(writer, Retention { keep_last: 1, ..Retention::default() }, None).unwrap();
+        AsyncCheckpointer::start(writer, Retention { keep_last: 1, ..Retention::default() }, None, None)
+            .unwrap();
     let mut submit = |step: u64| {
         let outcome = checkpointer.submit(Vec::new(), |snapshot| {
-            copy(&state(&layout, step), snapshot);
+            snapshot.copy_from(&state(&layout, step), &layout);
             Ok::<(), Infallible>(())
         });
         let waited = checkpointer.finish();
@@ -323,13 +318,13 @@ fn an_error_comes_back_at_the_next_submit_and_the_next_is_tried() {
     let writer = writer(&storage, 1, &config(1, false));
     let layout = writer.layout.clone();
     let mut checkpointer =
-        AsyncCheckpointer::start(writer, Retention::default(), Some("start".to_owned())).unwrap();
+        AsyncCheckpointer::start(writer, Retention::default(), Some("start".to_owned()), None).unwrap();
     let blocked = root.path().join("job");
     std::fs::write(&blocked, "").unwrap();
     let mut submit = |step: u64| {
         let outcome = checkpointer.submit(Vec::new(), |snapshot| {
             std::fs::remove_file(&blocked).ok().filter(|()| step == 2);
-            copy(&state(&layout, step), snapshot);
+            snapshot.copy_from(&state(&layout, step), &layout);
             if step == 1 {
                 std::fs::write(&blocked, "").unwrap();
             }

@@ -5,10 +5,11 @@ use super::error::{CheckpointError, Result};
 use super::objects::{HashingWriter, put_object, state_digest};
 use super::pace::Pace;
 use super::reader::{Commit, commit_of};
+use super::snapshot::{ObjectTable, Snapshot, object_bytes};
 use super::tensor_file::{TensorSpec, header};
 use super::{
-    CONFIG_FILE, ExtraFile, TRAINER_STATE_FILE, TokenIds, TrainerState, TrainingState, folder_name,
-    parse_folder_name, shard_name, stage_folder,
+    CONFIG_FILE, ExtraFile, StateTensor, TRAINER_STATE_FILE, TokenIds, TrainerState, TrainingState,
+    folder_name, parse_folder_name, shard_name, stage_folder,
 };
 use crate::model::layout::ParameterLayout;
 use crate::storage::{Storage, StorageError};
@@ -21,7 +22,6 @@ use jiff::Timestamp;
 use serde_json::{Map, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::time::Instant;
 
 /// Largest weights' object, unless one tensor is larger.
 pub const DEFAULT_SHARD_BYTES: u64 = 1 << 30;
@@ -83,7 +83,7 @@ pub struct CheckpointWriter {
 }
 
 impl CheckpointWriter {
-    /// A writer with the default shard size.
+    /// A writer whose objects have the size that suits the model.
     pub fn new(
         location: CheckpointLocation,
         config: ModelConfig,
@@ -94,12 +94,17 @@ impl CheckpointWriter {
         Self {
             location,
             config,
+            shard_bytes: object_bytes(layout.parameter_count() * size_of::<f32>() as u64),
             layout,
             token_ids,
             files,
-            shard_bytes: DEFAULT_SHARD_BYTES,
             pace: Pace::default(),
         }
+    }
+
+    /// Which objects its checkpoints consist of.
+    pub fn table(&self) -> ObjectTable {
+        ObjectTable::new(&self.layout, self.shard_bytes)
     }
 
     /// Writes and commits a checkpoint. `records` are objects about it that are not part of the state. Until the
@@ -111,9 +116,9 @@ impl CheckpointWriter {
         let folder = self.location.folder(state.step);
         refuse_if_committed(&folder)?;
         self.location.refuse_if_superseded(&folder)?;
-        let objects = self.write_objects(&folder, state, records)?;
+        let objects = self.write_state(&folder, state, records)?;
         self.location.refuse_if_superseded(&folder)?;
-        self.commitment(state).commit(&folder, objects)
+        self.commitment(state.step, state.tokens).commit(&folder, objects)
     }
 
     /// Writes and commits a checkpoint in a folder of any name.
@@ -122,36 +127,94 @@ impl CheckpointWriter {
     /// When the storage fails, or when the folder is committed already.
     pub fn export(&self, folder: &Storage, state: &TrainingState) -> Result<CheckpointManifest> {
         refuse_if_committed(folder)?;
-        let objects = self.write_objects(folder, state, &[])?;
-        self.commitment(state).commit(folder, objects)
+        let objects = self.write_state(folder, state, &[])?;
+        self.commitment(state.step, state.tokens).commit(folder, objects)
     }
 
-    fn write_objects(
+    /// Writes what rank 0 of `world_size` writes of a checkpoint.
+    pub(super) fn begin(
+        &self,
+        snapshot: &Snapshot,
+        records: &[ExtraFile],
+        world_size: usize,
+    ) -> Result<Vec<CheckpointObject>> {
+        let folder = self.location.folder(snapshot.step);
+        refuse_if_committed(&folder)?;
+        self.location.refuse_if_superseded(&folder)?;
+        let position = [snapshot.step, snapshot.tokens, snapshot.optimizer_step];
+        self.write_beside(&folder, position, records, || self.write_part(snapshot, 0, world_size))
+    }
+
+    /// Writes the tensors that `rank` of `world_size` writes of a checkpoint.
+    pub(super) fn write_part(
+        &self,
+        snapshot: &Snapshot,
+        rank: usize,
+        world_size: usize,
+    ) -> Result<Vec<CheckpointObject>> {
+        let folder = self.location.folder(snapshot.step);
+        let table = self.table();
+        let numbers = |tensor: StateTensor| snapshot.numbers(tensor).unwrap_or_default();
+        let objects = table.of_rank(rank, world_size);
+        objects.map(|object| table.write(&folder, object, &numbers, &self.pace)).collect()
+    }
+
+    /// Commits a checkpoint whose objects are all written.
+    pub(super) fn commit(
+        &self,
+        snapshot: &Snapshot,
+        mut objects: Vec<CheckpointObject>,
+    ) -> Result<CheckpointManifest> {
+        let folder = self.location.folder(snapshot.step);
+        self.location.refuse_if_superseded(&folder)?;
+        // Whoever wrote them, and in whatever order.
+        objects.sort_by(|one, other| one.name.cmp(&other.name));
+        self.commitment(snapshot.step, snapshot.tokens).commit(&folder, objects)
+    }
+
+    fn write_state(
         &self,
         folder: &Storage,
         state: &TrainingState,
         records: &[ExtraFile],
     ) -> Result<Vec<CheckpointObject>> {
         self.check(state)?;
+        let table = self.table();
+        let numbers =
+            |tensor: StateTensor| &tensor.vector_of(state)[self.layout.tensors()[tensor.tensor].range()];
+        let position = [state.step, state.tokens, state.optimizer_step];
+        self.write_beside(folder, position, records, || {
+            let objects =
+                (0..table.len()).filter(|object| state.has_moments() || !table.holds_moments(*object));
+            objects.map(|object| table.write(folder, object, &numbers, &self.pace)).collect()
+        })
+    }
+
+    /// Writes everything but tensors, which `write_tensors` does.
+    fn write_beside(
+        &self,
+        folder: &Storage,
+        [step, tokens, optimizer_step]: [u64; 3],
+        records: &[ExtraFile],
+        write_tensors: impl FnOnce() -> Result<Vec<CheckpointObject>>,
+    ) -> Result<Vec<CheckpointObject>> {
         let mut objects = put_small_objects(folder, &self.config, &self.token_ids, &self.files)?;
-        objects.extend(self.write_model(folder, state)?);
-        if state.has_moments() {
-            objects.extend(self.write_moments(folder, state)?);
-        }
-        objects.push(put_trainer_state(folder, state.step, state.tokens, state.optimizer_step)?);
+        objects.extend(write_tensors()?);
+        objects.push(self.table().write_index(folder)?);
+        objects.push(put_trainer_state(folder, step, tokens, optimizer_step)?);
         for record in records {
             objects.push(put_object(folder, &record.name, record.bytes.clone(), false)?);
         }
         Ok(objects)
     }
 
-    fn commitment(&self, state: &TrainingState) -> Commitment {
+    fn commitment(&self, step: u64, tokens: u64) -> Commitment {
         Commitment {
             job: self.location.job.clone(),
             stage: self.location.stage.clone(),
             attempt: self.location.attempt,
-            step: state.step,
-            tokens: state.tokens,
+            step,
+            tokens,
             origin: None,
         }
     }
@@ -166,29 +229,6 @@ impl CheckpointWriter {
             }
         }
         Ok(())
-    }
-
-    fn write_model(&self, folder: &Storage, state: &TrainingState) -> Result<Vec<CheckpointObject>> {
-        let shards = ShardSet::new("model", model_specs(&self.layout), self.shard_bytes);
-        let mut objects = shards.write(folder, |index, _, writer| {
-            let begin = Instant::now();
-            let written = writer.write_numbers(&state.parameters[self.layout.tensors()[index].range()]);
-            self.pace.rest(begin);
-            written
-        })?;
-        objects.push(shards.write_index(folder)?);
-        Ok(objects)
-    }
-
-    fn write_moments(&self, folder: &Storage, state: &TrainingState) -> Result<Vec<CheckpointObject>> {
-        let shards = ShardSet::new("optimizer", moment_specs(&self.layout), self.shard_bytes);
-        shards.write(folder, |index, _, writer| {
-            let moment = if index % 2 == 0 { &state.exp_avg } else { &state.exp_avg_sq };
-            let begin = Instant::now();
-            let written = writer.write_numbers(&moment[self.layout.tensors()[index / 2].range()]);
-            self.pace.rest(begin);
-            written
-        })
     }
 }
 
@@ -246,6 +286,7 @@ pub(crate) fn put_trainer_state(
 }
 
 /// Tensors, cut into objects at their boundaries.
+#[derive(Debug, Clone)]
 pub(crate) struct ShardSet {
     tensors: Vec<TensorSpec>,
     shards: Vec<(String, Range<usize>)>,
@@ -285,19 +326,36 @@ impl ShardSet {
         folder: &Storage,
         mut fill: impl FnMut(usize, &TensorSpec, &mut HashingWriter) -> std::result::Result<(), E>,
     ) -> std::result::Result<Vec<CheckpointObject>, E> {
-        let mut objects = Vec::with_capacity(self.shards.len());
-        for (name, range) in &self.shards {
-            let mut writer = HashingWriter::new(folder, name)?;
-            writer.write(&header(&self.tensors[range.clone()]))?;
-            for index in range.clone() {
-                let tensor = &self.tensors[index];
-                let end = writer.bytes() + tensor.bytes();
-                fill(index, tensor, &mut writer)?;
-                debug_assert_eq!(writer.bytes(), end, "{} is written in another size", tensor.name);
-            }
-            objects.push(writer.finish(true)?);
+        (0..self.len()).map(|shard| self.write_one(folder, shard, &mut fill)).collect()
+    }
+
+    /// Writes one object, as [`ShardSet::write`] does.
+    pub(crate) fn write_one<E: From<CheckpointError>>(
+        &self,
+        folder: &Storage,
+        shard: usize,
+        fill: &mut impl FnMut(usize, &TensorSpec, &mut HashingWriter) -> std::result::Result<(), E>,
+    ) -> std::result::Result<CheckpointObject, E> {
+        let (name, range) = &self.shards[shard];
+        let mut writer = HashingWriter::new(folder, name)?;
+        writer.write(&header(&self.tensors[range.clone()]))?;
+        for index in range.clone() {
+            let tensor = &self.tensors[index];
+            let end = writer.bytes() + tensor.bytes();
+            fill(index, tensor, &mut writer)?;
+            debug_assert_eq!(writer.bytes(), end, "{} is written in another size", tensor.name);
         }
-        Ok(objects)
+        Ok(writer.finish(true)?)
+    }
+
+    /// Number of objects.
+    pub(crate) fn len(&self) -> usize {
+        self.shards.len()
+    }
+
+    /// The tensors of one object.
+    pub(crate) fn range(&self, shard: usize) -> Range<usize> {
+        self.shards[shard].1.clone()
     }
 
     /// Writes the index of the weights.

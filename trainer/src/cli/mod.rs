@@ -15,6 +15,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 use growth_crds::protocol::{Outcome, contract};
 use growth_trainer::checkpoint::CheckpointError;
+use growth_trainer::collective::CollectiveError;
 use growth_trainer::data::DataError;
 use growth_trainer::growth::GrowthError;
 use growth_trainer::job::JobError;
@@ -30,6 +31,8 @@ use std::sync::atomic::AtomicBool;
 const EXIT_STOPPED: u8 = 130;
 /// Exit code of input that cannot work, found before any work.
 const EXIT_BAD_INPUT: u8 = contract::EXIT_BAD_INPUT;
+/// Exit code of a rank that ends because another one did.
+const EXIT_PEER_LOST: u8 = contract::EXIT_PEER_LOST;
 /// Exit code of everything else that went wrong.
 const EXIT_FAILED: u8 = contract::EXIT_FAILED;
 
@@ -51,7 +54,7 @@ struct Arguments {
 }
 
 /// Options of every command.
-#[derive(clap::Args)]
+#[derive(clap::Args, Clone)]
 pub struct Options {
     /// Threads to compute with; results do not depend on it. Default: one a core
     #[arg(long, global = true, env = "GROWTH_THREADS")]
@@ -201,7 +204,16 @@ fn exit_code(error: &anyhow::Error) -> u8 {
             || cause.downcast_ref().is_some_and(CheckpointError::is_input_error)
             || cause.downcast_ref().is_some_and(DataError::is_input_error)
     });
-    if bad_input { EXIT_BAD_INPUT } else { EXIT_FAILED }
+    let peer_lost = error.chain().any(|cause| {
+        cause.downcast_ref().is_some_and(JobError::is_peer_lost)
+            || cause.downcast_ref().is_some_and(TrainError::is_peer_lost)
+            || cause.downcast_ref().is_some_and(CollectiveError::is_peer_lost)
+    });
+    match (bad_input, peer_lost) {
+        (true, _) => EXIT_BAD_INPUT,
+        (false, true) => EXIT_PEER_LOST,
+        (false, false) => EXIT_FAILED,
+    }
 }
 
 /// Prints an answer as JSON.

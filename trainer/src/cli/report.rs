@@ -41,6 +41,10 @@ pub fn show(plan: &JobPlan, storage: &Storage, options: &Options) -> anyhow::Res
         return Ok(stages);
     }
     println!("\n{}\n", report::table(&stages));
+    let goodput = stages.iter().map(|stage| (stage.stage.as_str(), stage.goodput));
+    if let Some(table) = report::goodput_table(goodput) {
+        println!("{table}\n");
+    }
     if let Some(plot) = report::plot(&stages, 64, 14) {
         println!("{plot}\n");
     }

@@ -18,10 +18,15 @@ const SAMPLE_TOKENS: usize = 80;
 /// Everything lies below spec.storage.uri: prepared data, checkpoints, the report. Ctrl-C finishes the current step,
 /// writes a checkpoint and ends with exit code 130; the same command goes on from there. So it does after a crash,
 /// from the last checkpoint, and ends in the same bits.
+///
+/// A stage of several replicas trains in as many processes, which share the threads of this machine.
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Manifest of the job
     job: PathBuf,
+    /// Processes that train each stage together; the bits do not depend on it. Default: the stage's replicas
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=4096))]
+    ranks: Option<u64>,
 }
 
 /// Runs the job and shows what came out.
@@ -29,7 +34,8 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     let loaded = load_job(&arguments.job)?;
     let stop = stop_flag()?;
     let mut reporter = options.reporter();
-    let end = job::run(&loaded, &stop, &mut reporter)?;
+    let ranks = arguments.ranks.and_then(|ranks| usize::try_from(ranks).ok());
+    let end = job::run(&loaded, ranks, &stop, &mut reporter)?;
     drop(reporter);
     let storage = job::open_storage(&loaded.job.spec.storage)?;
     match end {

@@ -1,23 +1,28 @@
 //! A whole job on one machine: the walk over data, stages and growth steps that the operator does on a cluster, in
 //! this process, over the same storage.
 
+pub mod gang;
 mod record;
 
 use crate::checkpoint::{self, CheckpointLocation};
+use crate::collective::{Alone, CollectiveError};
 use crate::data::{self, Dataset, Verification};
 use crate::growth::{self, GrownCheckpoint, GrowthTarget};
 use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, Unit};
-use crate::report::StageReport;
+use crate::report::{Goodput, StageReport};
 use crate::storage::{Storage, StorageOptions};
+use crate::training::attempt;
 use crate::training::board::ProgressBoard;
 use crate::training::history::History;
 use crate::training::stage::{self, StageEnd, StageInputs, TrainError, read_history};
-use growth_crds::plan::{GrowthPlan, JobPlan, ModelConfig, StagePlan, StageStart};
+use growth_crds::GrowthTrainingJob;
+use growth_crds::plan::{GrowthPlan, JobPlan, ModelConfig, StagePlan, StageStart, ranks};
 use growth_crds::protocol::CheckpointManifest;
 use growth_crds::spec::storage::StorageSpec;
 use std::cell::RefCell;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 pub use record::{JobRecord, pinned_dataset};
 
@@ -47,6 +52,16 @@ pub enum JobError {
         /// What may not change.
         problems: Vec<Problem>,
     },
+    /// The processes of a stage could not be started.
+    #[error("the {ranks} ranks of stage {stage} could not be started: {problem}")]
+    Ranks {
+        /// The stage.
+        stage: String,
+        /// Their number.
+        ranks: usize,
+        /// Why.
+        problem: String,
+    },
     /// A record of the job cannot be read.
     #[error("{uri} cannot be read: {reason}; restore it, or name the job differently")]
     Record {
@@ -67,8 +82,18 @@ impl JobError {
             Self::Train(error) => error.is_input_error(),
             Self::Growth(error) => error.is_input_error(),
             Self::Changed { .. } => true,
-            Self::Record { .. } => false,
+            Self::Record { .. } | Self::Ranks { .. } => false,
         }
+    }
+
+    /// Whether the ranks have not met.
+    fn is_rendezvous(&self) -> bool {
+        matches!(self, Self::Train(TrainError::Collective(CollectiveError::Rendezvous { .. })))
+    }
+
+    /// Whether this process only ends because another rank did.
+    pub fn is_peer_lost(&self) -> bool {
+        matches!(self, Self::Train(error) if error.is_peer_lost())
     }
 }
 
@@ -107,11 +132,17 @@ pub fn storage_options(spec: &StorageSpec) -> StorageOptions {
     StorageOptions { endpoint: spec.endpoint.clone(), region: spec.region.clone() }
 }
 
-/// Runs a job to its end, or goes on where an earlier run stopped.
+/// Runs a job to its end, or goes on where an earlier run stopped. A stage of several replicas trains in as many
+/// processes; `ranks` is their number for every stage, where the job's own is not wanted.
 ///
 /// # Errors
 /// Whatever stops it; everything committed before stays good.
-pub fn run(loaded: &LoadedJob, stop: &AtomicBool, reporter: &mut Reporter) -> Result<JobEnd> {
+pub fn run(
+    loaded: &LoadedJob,
+    ranks: Option<usize>,
+    stop: &AtomicBool,
+    reporter: &mut Reporter,
+) -> Result<JobEnd> {
     let plan = &loaded.plan;
     let storage = open_storage(&loaded.job.spec.storage)?;
     JobRecord::check_and_store(&storage, &loaded.job)?;
@@ -131,14 +162,41 @@ pub fn run(loaded: &LoadedJob, stop: &AtomicBool, reporter: &mut Reporter) -> Re
         if let (StageStart::Growth(growth), Some(before)) = (&stage.start, index.checked_sub(1)) {
             grow(&storage, &plan.stages[before], stage, growth, reporter)?;
         }
+        let ranks = ranks.unwrap_or_else(|| ranks_of(&loaded.job, stage));
         let board = ProgressBoard::default();
+        let attempt = Some(checkpoint::next_attempt(&storage, &stage.job, &stage.stage)?);
         let (dataset, storage) = (&dataset, &storage);
-        let inputs = StageInputs { plan: stage, storage, dataset, stop, attempt: None, board: &board };
-        if let StageEnd::Stopped(_) = stage::train(&inputs, reporter)? {
+        let began = Instant::now();
+        let inputs = StageInputs { plan: stage, storage, dataset, stop, attempt, began, board: &board };
+        let end = match ranks {
+            1 => stage::train(&inputs, &mut Alone, reporter)?,
+            _ => match gang::train_in_processes(&inputs, ranks, reporter) {
+                Err(error) if error.is_rendezvous() && stop.load(Ordering::Relaxed) => {
+                    return Ok(JobEnd::Stopped);
+                }
+                end => end?,
+            },
+        };
+        if let StageEnd::Stopped(_) = end {
             return Ok(JobEnd::Stopped);
         }
     }
     Ok(JobEnd::Finished)
+}
+
+/// The number of ranks that the job wants for a stage.
+fn ranks_of(job: &GrowthTrainingJob, plan: &StagePlan) -> usize {
+    let Some(stage) = job.spec.stages.get(plan.index as usize) else { return 1 };
+    let replicas = match &stage.elastic {
+        Some(elastic) => {
+            let training = &plan.training;
+            let sizes = ranks::elastic_sizes(elastic, training.micro_batches(), training.reproducible);
+            let fits = sizes.iter().rfind(|size| **size <= job.spec.replicas);
+            fits.or(sizes.first()).copied()
+        }
+        None => stage.replicas,
+    };
+    replicas.and_then(|replicas| usize::try_from(replicas).ok()).unwrap_or(1)
 }
 
 /// The last checkpoint of a stage that has trained all its tokens.
@@ -241,7 +299,10 @@ pub fn report(plan: &JobPlan, storage: &Storage) -> Result<Vec<StageReport>> {
             }
             None => (0, History::default(), None),
         };
-        let report = StageReport::new(stage, tokens, &history, flops_before, folder);
+        let attempts = attempt::list(storage, &stage.job, &stage.stage)?;
+        let step_tokens = stage.training.global_batch_tokens;
+        let goodput = Goodput::new(&attempts, step_tokens, newest.map_or(0, |manifest| manifest.step));
+        let report = StageReport::new(stage, tokens, &history, flops_before, folder, goodput);
         flops_before += report.flops;
         stages.push(report);
     }

@@ -109,6 +109,11 @@ impl ParameterLayout {
         self.by_name.get(name).map(|&index| &self.tensors[index])
     }
 
+    /// Position of the tensor of that name in [`ParameterLayout::tensors`].
+    pub fn position(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
     /// Length of the flat buffer, gaps included.
     pub fn total_len(&self) -> usize {
         self.total_len
@@ -127,6 +132,16 @@ impl ParameterLayout {
     /// The tensors of all layers.
     pub fn layers(&self) -> &[LayerTensors] {
         &self.layers
+    }
+
+    /// Parts of the flat buffer whose gradients become complete one after another in a backward pass, by offset: the
+    /// embedding, each layer, the last norm with an untied head. Gaps belong to the part before them.
+    pub fn buckets(&self) -> Vec<Range<usize>> {
+        let starts = std::iter::once(0)
+            .chain(self.layers.iter().map(|layer| layer.input_norm.start))
+            .chain([self.final_norm.start]);
+        let ends = starts.clone().skip(1).chain([self.total_len]);
+        starts.zip(ends).map(|(start, end)| start..end).collect()
     }
 
     /// The input embedding, `[V, H]`.

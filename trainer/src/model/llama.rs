@@ -60,6 +60,20 @@ impl Llama {
         tokens: Tokens<'_>,
         scale: f32,
     ) -> f64 {
+        self.train_with(gradients, activations, parameters, tokens, scale, &mut |_, _| ())
+    }
+
+    /// [`Llama::train`], which calls `ready` with the number of each bucket ([`ParameterLayout::buckets`]) and all
+    /// gradients as soon as those of the bucket are complete: the last one first.
+    pub fn train_with(
+        &self,
+        gradients: &mut [f32],
+        activations: &mut Activations,
+        parameters: &[f32],
+        tokens: Tokens<'_>,
+        scale: f32,
+        ready: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> f64 {
         let sizes = self.sizes(&tokens);
         self.forward(activations, parameters, tokens, &sizes);
         self.final_norm(activations, parameters, &sizes);
@@ -85,6 +99,7 @@ impl Llama {
             &a.output_inverse_rms,
             &parameters[self.layout.final_norm()],
         );
+        ready(sizes.layers + 1, gradients);
         for layer in (0..sizes.layers).rev() {
             let weights = self.weights(parameters, layer);
             let mut d_weights = self.gradients(gradients, layer);
@@ -98,6 +113,7 @@ impl Llama {
                 &self.table,
                 &sizes,
             );
+            ready(layer + 1, gradients);
         }
         let d_embedding = &mut gradients[self.layout.embedding()];
         if !self.config.tie_word_embeddings {
@@ -105,6 +121,7 @@ impl Llama {
             d_embedding.fill(0.0);
         }
         embedding::backward(d_embedding, &a.d_residual, tokens.ids, sizes.hidden);
+        ready(0, gradients);
         a.losses.iter().map(|loss| f64::from(*loss)).sum()
     }
 

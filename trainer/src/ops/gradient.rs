@@ -1,13 +1,20 @@
 //! Gradients of a step: their sum over micro-batches in a balanced tree, and their global norm.
 //!
 //! The tree makes the sum independent of who computes which micro-batch: a rank that owns an aligned run of
-//! micro-batches owns a subtree.
+//! micro-batches owns a subtree. The norm is made of units of a fixed size, so that it does not matter who owns which.
 
 use growth_crds::plan::memory::gradient_levels;
 use rayon::prelude::*;
+use std::ops::Range;
 
-/// Elements that one task adds or squares; the norm sums these chunks in order.
+/// Elements whose squares are summed before all sums are added in order: parts of ranks begin and end between units.
+pub const UNIT: usize = 1 << 10;
+
+/// Elements that one task adds.
 const CHUNK: usize = 1 << 16;
+
+/// Units that one task squares.
+const CHUNK_UNITS: usize = CHUNK / UNIT;
 
 /// Sums gradients in a balanced binary tree over the index of the micro-batch, as a binary counter does: buffer k
 /// waits with the sum of 2^(k-1) neighbours until as many have arrived on its right. Buffer 0 is the leaf at work.
@@ -33,6 +40,19 @@ impl GradientTree {
         &mut self.buffers[0]
     }
 
+    /// The last leaf of a step, and what waits to be added to it. A gradient that is complete can be summed at once, while
+    /// others are still computed.
+    pub fn last_leaf(&mut self) -> (&mut [f32], Waiting<'_>) {
+        let (leaf, buffers) = self.buffers.split_at_mut(1);
+        (&mut leaf[0], Waiting { buffers, waiting: &self.waiting[1..] })
+    }
+
+    /// The sum of the step, after the last leaf has taken all that waited; the next step begins.
+    pub fn finish(&mut self) -> &mut [f32] {
+        self.waiting.fill(false);
+        &mut self.buffers[0]
+    }
+
     /// Takes the leaf into the sum.
     pub fn push(&mut self) {
         for level in 1..self.buffers.len() {
@@ -45,30 +65,26 @@ impl GradientTree {
         }
     }
 
-    /// The sum of all leaves pushed since the last call.
-    pub fn sum(&mut self) -> &mut [f32] {
-        // Leaves that fill the tree have already met in buffer 0; others wait, the smallest subtree last.
-        let mut found = !self.waiting.contains(&true);
-        for level in 1..self.buffers.len() {
-            if !self.waiting[level] {
-                continue;
-            }
-            if found {
-                self.take(level);
-            } else {
-                self.buffers.swap(0, level);
-                self.waiting[level] = false;
-                found = true;
-            }
-        }
-        &mut self.buffers[0]
-    }
-
     /// Adds what waits at `level` to buffer 0.
     fn take(&mut self, level: usize) {
         let (leaf, rest) = self.buffers.split_at_mut(1);
         add(&mut leaf[0], &rest[level - 1]);
         self.waiting[level] = false;
+    }
+}
+
+/// Subtrees to the left of the last leaf.
+pub struct Waiting<'a> {
+    buffers: &'a [Vec<f32>],
+    waiting: &'a [bool],
+}
+
+impl Waiting<'_> {
+    /// Adds a part of what waits to the same part of the last leaf: the smallest subtree, its neighbour, first.
+    pub fn add_to(&self, leaf: &mut [f32], part: Range<usize>) {
+        for (buffer, _) in self.buffers.iter().zip(self.waiting).filter(|(_, waits)| **waits) {
+            add(&mut leaf[part.clone()], &buffer[part.clone()]);
+        }
     }
 }
 
@@ -79,10 +95,10 @@ fn add(a: &mut [f32], b: &[f32]) {
     });
 }
 
-/// Euclidean norm over all gradients: f64 sums over fixed chunks, added in order.
-pub fn norm(gradients: &[f32]) -> f64 {
-    let squares: Vec<f64> = gradients.par_chunks(CHUNK).map(sum_of_squares).collect();
-    squares.iter().sum::<f64>().sqrt()
+/// Sums of squares of the units of `gradients`, which begins with one.
+pub fn unit_squares(gradients: &[f32]) -> Vec<f64> {
+    let units = gradients.par_chunks(UNIT).with_min_len(CHUNK_UNITS);
+    units.map(sum_of_squares).collect()
 }
 
 fn sum_of_squares(chunk: &[f32]) -> f64 {
@@ -122,21 +138,27 @@ mod tests {
             let leaves: Vec<Vec<f32>> = (0..count).map(|i| uniform(i, 100)).collect();
             let mut tree = GradientTree::new(100, count as usize);
             for _step in 0..2 {
-                for leaf in &leaves {
+                let (last, others) = leaves.split_last().unwrap();
+                for leaf in others {
                     tree.leaf().copy_from_slice(leaf);
                     tree.push();
                 }
-                assert!(tree.sum() == balanced(&leaves), "{count} leaves");
+                let (leaf, waiting) = tree.last_leaf();
+                leaf.copy_from_slice(last);
+                [60..100, 0..60].into_iter().for_each(|part| waiting.add_to(leaf, part));
+                assert!(tree.finish() == balanced(&leaves), "{count} leaves");
             }
         }
     }
 
     #[test]
-    fn norm_is_euclidean_on_any_number_of_threads() {
+    fn squares_of_units_do_not_depend_on_threads() {
         let gradients = uniform(1, 200_001);
-        let reference = gradients.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
+        let reference = gradients.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>();
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-        assert!((norm(&gradients) - reference).abs() < 1e-9 * reference);
-        assert_eq!(norm(&gradients), pool.install(|| norm(&gradients)));
+        let squares = unit_squares(&gradients);
+        assert_eq!(squares.len(), 200_001usize.div_ceil(UNIT));
+        assert!((squares.iter().sum::<f64>() - reference).abs() < 1e-9 * reference);
+        assert_eq!(squares, pool.install(|| unit_squares(&gradients)));
     }
 }

@@ -1,6 +1,7 @@
 //! The summary of a job: a table, a plot of validation loss against FLOPs (SVG and in the terminal), all made from
 //! what lies in the job's storage.
 
+mod goodput;
 mod svg;
 mod table;
 mod terminal;
@@ -9,6 +10,7 @@ use crate::training::history::History;
 use growth_crds::plan::StagePlan;
 use serde::Serialize;
 
+pub use goodput::{Goodput, goodput_table};
 pub use svg::svg;
 pub use table::table;
 pub use terminal::plot;
@@ -43,6 +45,8 @@ pub struct StageReport {
     pub curve: Vec<CurvePoint>,
     /// Folder of the latest checkpoint.
     pub checkpoint: Option<String>,
+    /// What the time went into.
+    pub goodput: Goodput,
 }
 
 /// One measurement of the validation loss.
@@ -63,6 +67,7 @@ impl StageReport {
         history: &History,
         flops_before: f64,
         checkpoint: Option<String>,
+        goodput: Goodput,
     ) -> Self {
         let per_token = plan.flops.exact / plan.tokens.max(1) as f64;
         let curve = history.evaluations.iter().map(|evaluation| CurvePoint {
@@ -83,6 +88,7 @@ impl StageReport {
             validation_loss_after: history.last_loss(),
             curve: curve.collect(),
             checkpoint,
+            goodput,
         }
     }
 }
@@ -128,6 +134,7 @@ mod tests {
                 .map(|(i, &loss)| CurvePoint { flops: first + i as f64 * 1e11, loss })
                 .collect(),
             checkpoint: Some(format!("file:///{name}")),
+            goodput: Goodput::default(),
         };
         vec![stage("small", 0.0, &[8.0, 6.0, 5.0]), stage("large", 3e11, &[5.5, 4.5, 4.0])]
     }

@@ -1,5 +1,6 @@
 //! What a running stage tells those who ask: how far it is, how fast, and which checkpoint is committed.
 
+use crate::training::attempt::Activity;
 use growth_crds::protocol::Progress;
 use growth_crds::status::CheckpointStatus;
 use jiff::Timestamp;
@@ -11,12 +12,15 @@ const SPEED_MEMORY: f64 = 0.95;
 
 /// Written by the loop, read by the server of `/progress`.
 #[derive(Debug, Default)]
-pub struct ProgressBoard(Mutex<Option<Progress>>);
+pub struct ProgressBoard {
+    progress: Mutex<Option<Progress>>,
+    activity: Mutex<Activity>,
+}
 
 impl ProgressBoard {
     /// Puts up how an attempt begins.
     pub fn begin(&self, progress: Progress) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(progress);
     }
 
     /// A step is done, `step_tokens` in `elapsed`.
@@ -36,13 +40,23 @@ impl ProgressBoard {
         self.change(|progress| progress.checkpoint = Some(checkpoint));
     }
 
+    /// What the time was spent on so far.
+    pub fn spent(&self, activity: Activity) {
+        *self.activity.lock().unwrap_or_else(PoisonError::into_inner) = activity;
+    }
+
+    /// What the time of this attempt was spent on.
+    pub fn activity(&self) -> Activity {
+        *self.activity.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// What it says now; nothing before the stage has begun.
     pub fn read(&self) -> Option<Progress> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn change(&self, change: impl FnOnce(&mut Progress)) {
-        if let Some(progress) = self.0.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
+        if let Some(progress) = self.progress.lock().unwrap_or_else(PoisonError::into_inner).as_mut() {
             change(progress);
         }
     }

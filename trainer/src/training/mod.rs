@@ -1,7 +1,10 @@
 //! Training a stage: the optimizer step, the learning rate, the loop.
 
+pub mod attempt;
 pub mod board;
 pub mod history;
+pub mod resharding;
 pub mod schedule;
+pub mod shards;
 pub mod stage;
 pub mod step;

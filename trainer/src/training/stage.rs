@@ -2,26 +2,24 @@
 
 use crate::checkpoint::{
     self, AsyncCheckpointer, CheckpointError, CheckpointLocation, CheckpointWriter, Committed, ExtraFile,
-    HISTORY_FILE, HuggingFaceFolder, Retention, TokenIds, TrainingState,
+    HISTORY_FILE, HuggingFaceFolder, ObjectTable, Retention, TokenIds, TrainingState,
 };
+use crate::collective::{Collective, CollectiveError};
 use crate::data::{DataError, Dataset, TrainingOrder};
 use crate::model::initializer::initialize;
-use crate::model::layout::ParameterLayout;
 use crate::progress::{Reporter, Unit};
 use crate::storage::{Storage, StorageError, StorageOptions};
+use crate::training::attempt::{Activity, AttemptRecord, Recorder};
 use crate::training::board::ProgressBoard;
 use crate::training::history::{EvaluationRecord, History, StepRecord};
+use crate::training::resharding::{self, ReshardError};
 use crate::training::schedule::learning_rate;
-use crate::training::step::{StepEngine, StepSettings};
-use growth_crds::plan::{StagePlan, StageStart};
+use crate::training::step::{StepEngine, StepSettings, StepSizes};
+use growth_crds::plan::{StagePlan, StageStart, TrainingPlan, ranks};
 use growth_crds::protocol::{CheckpointManifest, Progress, checkpoint_status};
 use growth_crds::status::CheckpointStatus;
-use rayon::prelude::*;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
-
-/// Elements that one task copies into a snapshot.
-const COPY_CHUNK: usize = 1 << 18;
 
 /// Why a stage stopped before its last token.
 #[derive(thiserror::Error, Debug)]
@@ -67,15 +65,20 @@ pub enum TrainError {
         /// Its value in the plan.
         expected: String,
     },
-    /// More pods than this trainer can use.
-    #[error(
-        "spec.stages[{index}].replicas: {replicas} pods cannot share a stage yet; use 1 until data parallelism is there"
-    )]
-    Replicas {
-        /// Position of the stage.
-        index: u32,
-        /// Pods of the attempt.
-        replicas: u32,
+    /// Another rank.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// A number of ranks that cannot share a step.
+    #[error("stage {stage}: {ranks} ranks cannot share the {micro_batches} micro-batches of a step{hint}")]
+    Ranks {
+        /// The stage.
+        stage: String,
+        /// Ranks of the attempt.
+        ranks: usize,
+        /// Micro-batches of a step.
+        micro_batches: u64,
+        /// What can.
+        hint: String,
     },
     /// The loss is not a number any more.
     #[error(
@@ -101,8 +104,27 @@ impl TrainError {
             Self::Vocabulary { .. }
             | Self::OtherArchitecture { .. }
             | Self::NotGrown { .. }
-            | Self::Replicas { .. } => true,
-            Self::Storage(_) | Self::Diverged { .. } => false,
+            | Self::Ranks { .. } => true,
+            Self::Storage(_) | Self::Collective(_) | Self::Diverged { .. } => false,
+        }
+    }
+
+    /// Whether this rank only ends because another one did.
+    pub fn is_peer_lost(&self) -> bool {
+        match self {
+            Self::Collective(error) | Self::Checkpoint(CheckpointError::Collective(error)) => {
+                error.is_peer_lost()
+            }
+            _ => false,
+        }
+    }
+}
+
+impl From<ReshardError> for TrainError {
+    fn from(error: ReshardError) -> Self {
+        match error {
+            ReshardError::Checkpoint(error) => error.into(),
+            ReshardError::Collective(error) => error.into(),
         }
     }
 }
@@ -131,30 +153,58 @@ pub struct StageInputs<'a> {
     pub stop: &'a AtomicBool,
     /// The attempt, where a controller counts them. `None`: one more than the storage has seen.
     pub attempt: Option<u32>,
+    /// When this attempt began, before anything was read.
+    pub began: Instant,
     /// Told of every step and every committed checkpoint.
     pub board: &'a ProgressBoard,
 }
 
-/// Trains the stage. Checkpoints that others committed are never touched; this attempt writes under a number of its
-/// own.
+/// Trains the stage together with the ranks of `collective`, of which it takes leave at the end. Checkpoints that others
+/// committed are never touched; this attempt writes under a number of its own.
 ///
 /// # Errors
-/// When data or checkpoints cannot be read, when the last checkpoint cannot be written, when the loss diverges.
-pub fn train(inputs: &StageInputs<'_>, reporter: &mut Reporter) -> Result<StageEnd> {
-    let mut run = StageRun::start(inputs, reporter)?;
+/// When data or checkpoints cannot be read, when the last checkpoint cannot be written, when the loss diverges, when
+/// another rank is lost.
+pub fn train(
+    inputs: &StageInputs<'_>,
+    collective: &mut dyn Collective,
+    reporter: &mut Reporter,
+) -> Result<StageEnd> {
+    let end = train_to_the_end(inputs, collective, reporter);
+    collective.leave(end.as_ref().err().map(ToString::to_string).as_deref());
+    end
+}
+
+fn train_to_the_end(
+    inputs: &StageInputs<'_>,
+    collective: &mut dyn Collective,
+    reporter: &mut Reporter,
+) -> Result<StageEnd> {
+    let mut run = StageRun::start(inputs, collective, reporter)?;
+    run.spent(|activity| &mut activity.starting, inputs.began.elapsed().as_secs_f64());
     let plan = inputs.plan;
     reporter.begin(&plan.stage, Unit::Tokens, plan.tokens, run.state.tokens);
     while run.state.step < plan.steps {
-        if inputs.stop.load(Ordering::Relaxed) {
+        let signals = run.agree(inputs.stop)?;
+        if signals.stop {
             return Ok(StageEnd::Stopped(run.last_checkpoint(reporter)?));
         }
-        run.evaluate_if_due();
+        run.evaluate_if_due()?;
         run.step(reporter)?;
-        run.checkpoint_if_due(reporter)?;
+        run.checkpoint_if_due(signals.checkpoint_is_due, reporter)?;
     }
-    run.evaluate_if_due();
+    run.evaluate_if_due()?;
     reporter.finish();
     Ok(StageEnd::Finished(run.last_checkpoint(reporter)?))
+}
+
+/// What all ranks have agreed on before a step.
+#[derive(Debug, Clone, Copy)]
+struct Signals {
+    /// One of them was asked to stop.
+    stop: bool,
+    /// So much time has passed by the clock of rank 0.
+    checkpoint_is_due: bool,
 }
 
 /// The state that a stage starts or goes on from.
@@ -169,35 +219,41 @@ struct StageRun<'a> {
     storage: &'a Storage,
     dataset: &'a Dataset,
     board: &'a ProgressBoard,
+    collective: &'a mut dyn Collective,
     order: TrainingOrder,
     engine: StepEngine,
+    table: ObjectTable,
     state: TrainingState,
     history: History,
     checkpointer: AsyncCheckpointer,
     /// The newest checkpoint that is known to be committed.
     committed: Option<CheckpointManifest>,
     last_checkpoint: Instant,
+    /// Only rank 0 keeps the record of the attempt.
+    recorder: Option<Recorder>,
+    activity: Activity,
     ids: Vec<u32>,
     targets: Vec<u32>,
     validation: (Vec<u32>, Vec<u32>),
 }
 
 impl<'a> StageRun<'a> {
-    fn start(inputs: &StageInputs<'a>, reporter: &Reporter) -> Result<Self> {
-        let StageInputs { plan, storage, dataset, board, .. } = *inputs;
+    fn start(
+        inputs: &StageInputs<'a>,
+        collective: &'a mut dyn Collective,
+        reporter: &Reporter,
+    ) -> Result<Self> {
+        let StageInputs { plan, storage, dataset, board, began, .. } = *inputs;
         check_vocabulary(plan, dataset)?;
+        check_ranks(plan, collective.world_size())?;
         let training = &plan.training;
         let attempt = match inputs.attempt {
             Some(attempt) => attempt,
             None => checkpoint::next_attempt(storage, &plan.job, &plan.stage)?,
         };
-        let Start { state, history, resumed } = start_state(inputs, reporter)?;
-        let engine = StepEngine::new(
-            plan.model.clone(),
-            training.sequence_length,
-            training.micro_batch_tokens,
-            training.global_batch_tokens,
-        );
+        let (rank, world_size) = (collective.rank(), collective.world_size());
+        let engine = StepEngine::new(plan.model.clone(), sizes_of(training), rank, world_size);
+        let Start { state, history, resumed } = start_state(inputs, &engine, collective, reporter)?;
         let location = CheckpointLocation {
             storage: storage.clone(),
             job: plan.job.clone(),
@@ -218,39 +274,69 @@ impl<'a> StageRun<'a> {
             checkpoint: resumed.as_ref().map(|manifest| status_of(storage, manifest)),
             updated_at: jiff::Timestamp::now(),
         });
-        let checkpointer = AsyncCheckpointer::start(writer(plan, location, dataset), retention, last_good)?;
+        let writer = writer(plan, location, dataset);
+        let table = writer.table();
+        let checkpointer = AsyncCheckpointer::start(writer, retention, last_good, collective.notes())?;
         let validation =
             dataset.validation_tokens(training.sequence_length as usize, plan.evaluation.tokens)?;
-        let tokens = engine.global_batch_tokens();
+        let tokens = engine.own_tokens().len();
+        let first = AttemptRecord {
+            attempt,
+            ranks: world_size,
+            started_at: jiff::Timestamp::now() - began.elapsed(),
+            updated_at: jiff::Timestamp::now(),
+            first_step: state.step,
+            step: state.step,
+            seconds: Activity::default(),
+        };
+        let recorder = (rank == 0).then(|| Recorder::start(storage, &plan.job, &plan.stage, first));
         Ok(Self {
             plan,
             storage,
             dataset,
             board,
+            collective,
             order: training_order(plan, dataset)?,
             engine,
+            table,
             state,
             history,
             checkpointer,
             committed: resumed,
             last_checkpoint: Instant::now(),
+            // Without a thread there is no record, and training goes on.
+            recorder: recorder.and_then(std::io::Result::ok),
+            activity: Activity::default(),
             ids: vec![0; tokens],
             targets: vec![0; tokens],
             validation,
         })
     }
 
+    /// Tells the others what this rank wants, and does what any of them wants.
+    fn agree(&mut self, stop: &AtomicBool) -> Result<Signals> {
+        let elapsed = self.last_checkpoint.elapsed().as_secs();
+        let due = self.plan.checkpoint.every_seconds.is_some_and(|interval| elapsed >= interval);
+        let mine = [stop.load(Ordering::Relaxed), due && self.collective.rank() == 0].map(u8::from);
+        let all = self.collective.exchange(&mine)?;
+        let any = |signal: usize| all.iter().any(|of_rank| of_rank.get(signal) == Some(&1));
+        Ok(Signals { stop: any(0), checkpoint_is_due: any(1) })
+    }
+
     fn step(&mut self, reporter: &mut Reporter) -> Result<()> {
         let begin = Instant::now();
+        let waited = self.collective.waited();
         let training = &self.plan.training;
         let sequence = u64::from(training.sequence_length);
-        let first_sample = (self.plan.first_token + self.state.tokens) / sequence;
+        let own = self.engine.own_tokens().start as u64;
+        let first_sample = (self.plan.first_token + self.state.tokens + own) / sequence;
         self.dataset.batch(&self.order, first_sample, &mut self.ids, &mut self.targets)?;
         let learning_rate =
             learning_rate(&training.schedule, training.adam_w.learning_rate, self.state.tokens);
         let settings =
             StepSettings { adam_w: &training.adam_w, learning_rate, gradient_clip: training.gradient_clip };
-        let report = self.engine.step(&mut self.state, &self.ids, &self.targets, settings);
+        let report =
+            self.engine.step(self.collective, &mut self.state, &self.ids, &self.targets, settings)?;
         self.state.step += 1;
         self.state.tokens += training.global_batch_tokens;
         if !report.loss.is_finite() || !report.gradient_norm.is_finite() {
@@ -266,9 +352,20 @@ impl<'a> StageRun<'a> {
         });
         let (step, tokens, elapsed) = (self.state.step, self.state.tokens, begin.elapsed());
         self.history.training_seconds += elapsed.as_secs_f64();
+        let waited = (self.collective.waited() - waited).as_secs_f64();
+        self.activity.waiting += waited;
+        self.spent(|activity| &mut activity.stepping, elapsed.as_secs_f64() - waited);
         self.board.step(step, tokens, report.loss, training.global_batch_tokens, elapsed);
         reporter.advance(self.state.tokens, self.plan.tokens, self.progress_detail(report.loss));
         Ok(())
+    }
+
+    fn spent(&mut self, on: impl FnOnce(&mut Activity) -> &mut f64, seconds: f64) {
+        *on(&mut self.activity) += seconds;
+        self.board.spent(self.activity);
+        if let Some(recorder) = &mut self.recorder {
+            recorder.update(self.state.step, self.activity);
+        }
     }
 
     fn progress_detail(&self, loss: f64) -> String {
@@ -279,15 +376,18 @@ impl<'a> StageRun<'a> {
     }
 
     /// Measures the validation loss before the first step, at every interval and after the last step.
-    fn evaluate_if_due(&mut self) {
+    fn evaluate_if_due(&mut self) -> Result<()> {
         let (step, tokens) = (self.state.step, self.state.tokens);
         let due = step == 0 || step == self.plan.steps || self.crosses(self.plan.evaluation.every_tokens);
         if !due || self.history.has_evaluation(step) {
-            return;
+            return Ok(());
         }
+        let begin = Instant::now();
         let (ids, targets) = &self.validation;
-        let loss = self.engine.evaluate(&self.state.parameters, ids, targets);
+        let loss = self.engine.evaluate(self.collective, &self.state.parameters, ids, targets)?;
+        self.spent(|activity| &mut activity.evaluating, begin.elapsed().as_secs_f64());
         self.history.evaluations.push(EvaluationRecord { step, tokens, loss });
+        Ok(())
     }
 
     /// Whether the last step passed a multiple of `interval` tokens.
@@ -296,14 +396,11 @@ impl<'a> StageRun<'a> {
         interval > 0 && self.state.tokens / interval > before / interval
     }
 
-    fn checkpoint_if_due(&mut self, reporter: &Reporter) -> Result<()> {
+    fn checkpoint_if_due(&mut self, by_time: bool, reporter: &Reporter) -> Result<()> {
         if let Some(outcome) = self.checkpointer.poll() {
             self.note_outcome(outcome, reporter)?;
         }
-        let plan = &self.plan.checkpoint;
-        let by_tokens = plan.every_tokens.is_some_and(|interval| self.crosses(interval));
-        let elapsed = self.last_checkpoint.elapsed().as_secs();
-        let by_time = plan.every_seconds.is_some_and(|interval| elapsed >= interval);
+        let by_tokens = self.plan.checkpoint.every_tokens.is_some_and(|interval| self.crosses(interval));
         // The last step has a checkpoint of its own, which also holds the last validation loss.
         if self.state.step == self.plan.steps || !(by_tokens || by_time) {
             return Ok(());
@@ -323,14 +420,17 @@ impl<'a> StageRun<'a> {
     }
 
     fn submit(&mut self) -> Result<Option<checkpoint::Outcome>> {
-        self.last_checkpoint = Instant::now();
+        let begin = Instant::now();
+        self.last_checkpoint = begin;
         let history = serde_json::to_vec(&self.history).map_err(std::io::Error::other);
         let records = history.map(|bytes| vec![ExtraFile::new(HISTORY_FILE, bytes)]).unwrap_or_default();
-        let state = &self.state;
-        self.checkpointer.submit(records, |snapshot| {
-            copy_state(snapshot, state);
-            Ok(())
-        })
+        let Self { state, table, engine, collective, .. } = self;
+        let layout = engine.model().layout();
+        let before = self.checkpointer.submit(records, |snapshot| {
+            resharding::fill(snapshot, state, table, layout, engine.shards(), *collective)
+        })?;
+        self.spent(|activity| &mut activity.checkpointing, begin.elapsed().as_secs_f64());
+        Ok(before)
     }
 
     /// Writes where the stage stands, waits for it, and says where it is.
@@ -343,7 +443,10 @@ impl<'a> StageRun<'a> {
             return Ok(manifest);
         }
         let _superseded_by_this_one = self.submit()?;
-        match self.checkpointer.finish()? {
+        let begin = Instant::now();
+        let written = self.checkpointer.finish()?;
+        self.spent(|activity| &mut activity.checkpointing, begin.elapsed().as_secs_f64());
+        match written {
             Some(Committed { manifest, .. }) => Ok(manifest),
             None => Err(CheckpointError::Thread {
                 problem: "lost the checkpoint that it was given".to_owned(),
@@ -369,6 +472,30 @@ pub fn training_order(plan: &StagePlan, dataset: &Dataset) -> Result<TrainingOrd
     Ok(TrainingOrder::new(dataset, &weights, training.sequence_length as usize, training.seed)?)
 }
 
+/// Sizes of a step of the stage.
+pub fn sizes_of(training: &TrainingPlan) -> StepSizes {
+    StepSizes {
+        sequence: training.sequence_length as usize,
+        micro_batch_tokens: training.micro_batch_tokens as usize,
+        global_batch_tokens: training.global_batch_tokens as usize,
+    }
+}
+
+/// Whether so many ranks can train the stage.
+///
+/// # Errors
+/// When they cannot share its steps, with the numbers that can.
+pub fn check_ranks(plan: &StagePlan, ranks: usize) -> Result<()> {
+    let micro_batches = plan.training.micro_batches();
+    if ranks::can_share(micro_batches, ranks as u64, plan.training.reproducible) {
+        return Ok(());
+    }
+    let possible = ranks::possible_sizes(micro_batches, 1..1025, plan.training.reproducible);
+    let possible: Vec<String> = possible.iter().map(ToString::to_string).collect();
+    let hint = format!("; possible are {}", possible.join(", "));
+    Err(TrainError::Ranks { stage: plan.stage.clone(), ranks, micro_batches, hint })
+}
+
 fn check_vocabulary(plan: &StagePlan, dataset: &Dataset) -> Result<()> {
     let (tokenizer, model) = (dataset.tokenizer().vocab_size(), plan.model.vocab_size);
     if tokenizer > model {
@@ -378,13 +505,19 @@ fn check_vocabulary(plan: &StagePlan, dataset: &Dataset) -> Result<()> {
 }
 
 /// Newest good checkpoint of the stage, else its first weights.
-fn start_state(inputs: &StageInputs<'_>, reporter: &Reporter) -> Result<Start> {
+fn start_state(
+    inputs: &StageInputs<'_>,
+    engine: &StepEngine,
+    collective: &mut dyn Collective,
+    reporter: &Reporter,
+) -> Result<Start> {
     let StageInputs { plan, storage, .. } = *inputs;
-    let layout = ParameterLayout::new(&plan.model);
+    let (layout, shards) = (engine.model().layout(), engine.shards());
     let mut warn = |text: String| reporter.note(&format!("warning: {text}"));
-    let found = checkpoint::resume(storage, &plan.job, &plan.stage, &layout, &mut warn)?;
+    let name = (&*plan.job, &*plan.stage);
+    let found = resharding::resume(storage, name, layout, shards, collective, &mut warn)?;
     if let Some((manifest, mut state)) = found {
-        add_moments(&mut state);
+        add_moments(&mut state, shards.own_len());
         let history = read_history(storage, &manifest)?;
         return Ok(Start { state, history, resumed: Some(manifest) });
     }
@@ -395,13 +528,13 @@ fn start_state(inputs: &StageInputs<'_>, reporter: &Reporter) -> Result<Start> {
             return Err(TrainError::NotGrown { stage: plan.stage.clone(), from: growth.from_stage.clone() });
         }
     };
-    let state = TrainingState { parameters, ..TrainingState::zeros(&layout) };
+    let mut state = TrainingState { parameters, ..TrainingState::default() };
+    add_moments(&mut state, shards.own_len());
     Ok(Start { state, history: History::default(), resumed: None })
 }
 
 /// A grown or imported checkpoint has no moments: they start at zero.
-fn add_moments(state: &mut TrainingState) {
-    let len = state.parameters.len();
+fn add_moments(state: &mut TrainingState, len: usize) {
     for moments in [&mut state.exp_avg, &mut state.exp_avg_sq] {
         moments.resize(len, 0.0);
     }
@@ -462,22 +595,6 @@ pub fn tokenizer_files(plan: &StagePlan, dataset: &Dataset) -> Vec<ExtraFile> {
     ]
 }
 
-/// Copies a state into a snapshot, whose buffers are used again.
-pub fn copy_state(snapshot: &mut TrainingState, state: &TrainingState) {
-    (snapshot.step, snapshot.tokens, snapshot.optimizer_step) =
-        (state.step, state.tokens, state.optimizer_step);
-    for (to, from) in [
-        (&mut snapshot.parameters, &state.parameters),
-        (&mut snapshot.exp_avg, &state.exp_avg),
-        (&mut snapshot.exp_avg_sq, &state.exp_avg_sq),
-    ] {
-        to.resize(from.len(), 0.0);
-        to.par_chunks_mut(COPY_CHUNK)
-            .zip(from.par_chunks(COPY_CHUNK))
-            .for_each(|(to, from)| to.copy_from_slice(from));
-    }
-}
-
 /// A checkpoint that could not be written is tried again at the next interval; only a newer attempt ends this one.
 fn note_outcome(outcome: checkpoint::Outcome, reporter: &Reporter) -> Result<()> {
     match outcome {
@@ -486,7 +603,9 @@ fn note_outcome(outcome: checkpoint::Outcome, reporter: &Reporter) -> Result<()>
             reporter.note(&format!("warning: {warning}"));
             Ok(())
         }
-        Err(error @ CheckpointError::Superseded { .. }) => Err(error.into()),
+        Err(error @ (CheckpointError::Superseded { .. } | CheckpointError::Collective(_))) => {
+            Err(error.into())
+        }
         Err(error) => {
             reporter.note(&format!(
                 "warning: a checkpoint could not be written and is tried again later: {error}"

@@ -1,24 +1,40 @@
-//! One optimizer step: micro-batches, the sum of their gradients, clipping, AdamW.
+//! One optimizer step: micro-batches, the sum of their gradients over ranks, clipping, AdamW.
 
+use crate::collective::{Collective, CollectiveError};
 use crate::model::activations::{Activations, Sizes};
 use crate::model::layout::TensorKind;
 use crate::model::llama::{Llama, Tokens};
 use crate::ops::adamw::{self, AdamWStep};
-use crate::ops::gradient::{self, GradientTree};
-use growth_crds::plan::ModelConfig;
+use crate::ops::gradient::{GradientTree, unit_squares};
+use crate::training::shards::Shards;
+use growth_crds::plan::{ModelConfig, ranks};
 use growth_crds::spec::training::AdamWSpec;
+use std::ops::Range;
 
-/// Weights, moments and counts that training continues from; flat, in the order of the parameter layout.
+/// Weights, moments and counts that training continues from; flat, in the order of the parameter layout. Of several
+/// ranks each has all weights, but only the moments of its own part ([`Shards`]).
 pub use crate::checkpoint::TrainingState;
+
+/// Sizes of a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepSizes {
+    /// Tokens of a sequence.
+    pub sequence: usize,
+    /// Tokens of one forward and backward pass.
+    pub micro_batch_tokens: usize,
+    /// Tokens of the step, over all ranks.
+    pub global_batch_tokens: usize,
+}
 
 /// The buffers and sizes of a step. What it computes depends on the weights and the tokens only.
 pub struct StepEngine {
     model: Llama,
     activations: Activations,
     gradients: GradientTree,
-    sequence: usize,
-    micro_batch_tokens: usize,
-    global_batch_tokens: usize,
+    shards: Shards,
+    sizes: StepSizes,
+    /// The micro-batches of this rank.
+    share: Range<usize>,
 }
 
 /// What the optimizer does with the gradients of a step.
@@ -32,7 +48,7 @@ pub struct StepSettings<'a> {
     pub gradient_clip: f64,
 }
 
-/// What a step measured.
+/// What a step measured, over all ranks.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct StepReport {
     /// Mean loss of the step's tokens, in nats.
@@ -42,21 +58,18 @@ pub struct StepReport {
 }
 
 impl StepEngine {
-    /// Allocates every buffer of a step of `global_batch_tokens` tokens in micro-batches of `micro_batch_tokens`.
-    pub fn new(
-        config: ModelConfig,
-        sequence: u32,
-        micro_batch_tokens: u64,
-        global_batch_tokens: u64,
-    ) -> Self {
-        let (sequence, micro_batch_tokens) = (sequence as usize, micro_batch_tokens as usize);
-        let global_batch_tokens = global_batch_tokens as usize;
-        let sizes = Sizes::new(&config, micro_batch_tokens / sequence, sequence);
+    /// Allocates every buffer of a step for one rank of `world_size`.
+    pub fn new(config: ModelConfig, sizes: StepSizes, rank: usize, world_size: usize) -> Self {
+        let StepSizes { sequence, micro_batch_tokens, global_batch_tokens } = sizes;
+        let activations =
+            Activations::for_training(&Sizes::new(&config, micro_batch_tokens / sequence, sequence));
         let model = Llama::new(config, sequence);
-        let activations = Activations::for_training(&sizes);
-        let gradients =
-            GradientTree::new(model.layout().total_len(), global_batch_tokens / micro_batch_tokens);
-        Self { model, activations, gradients, sequence, micro_batch_tokens, global_batch_tokens }
+        let micro_batches = (global_batch_tokens / micro_batch_tokens) as u64;
+        let share = ranks::share(micro_batches, world_size as u64, rank as u64);
+        let share = share.start as usize..share.end as usize;
+        let gradients = GradientTree::new(model.layout().total_len(), share.len());
+        let shards = Shards::new(model.layout(), rank, world_size);
+        Self { model, activations, gradients, shards, sizes, share }
     }
 
     /// The model.
@@ -64,88 +77,197 @@ impl StepEngine {
         &self.model
     }
 
-    /// Tokens of a step.
-    pub fn global_batch_tokens(&self) -> usize {
-        self.global_batch_tokens
+    /// Who owns what of the optimizer's state.
+    pub fn shards(&self) -> &Shards {
+        &self.shards
+    }
+
+    /// Position of this rank's tokens in those of a step.
+    pub fn own_tokens(&self) -> Range<usize> {
+        let tokens = self.sizes.micro_batch_tokens;
+        self.share.start * tokens..self.share.end * tokens
     }
 
     /// Bytes of activations and gradients.
     pub fn bytes(&self) -> u64 {
-        let buffers = GradientTree::buffers(self.global_batch_tokens / self.micro_batch_tokens);
+        let buffers = GradientTree::buffers(self.share.len());
         self.activations.bytes() + (buffers * self.model.layout().total_len() * size_of::<f32>()) as u64
     }
 
-    /// Trains one step on `ids` and the `targets` that follow them, both [global_batch_tokens].
+    /// Trains one step together with the other ranks, on `ids` and the `targets` that follow them: this rank's tokens
+    /// ([`StepEngine::own_tokens`]).
+    ///
+    /// # Errors
+    /// When a rank is lost; weights and moments may then be half updated.
     pub fn step(
         &mut self,
+        collective: &mut dyn Collective,
         state: &mut TrainingState,
         ids: &[u32],
         targets: &[u32],
         settings: StepSettings<'_>,
-    ) -> StepReport {
-        let scale = 1.0 / self.global_batch_tokens as f32;
-        let mut loss = 0.0;
-        let micro_batches = ids.chunks_exact(self.micro_batch_tokens);
-        for (ids, targets) in micro_batches.zip(targets.chunks_exact(self.micro_batch_tokens)) {
-            let tokens = Tokens { ids, targets, sequence: self.sequence };
-            let leaf = self.gradients.leaf();
-            loss += self.model.train(leaf, &mut self.activations, &state.parameters, tokens, scale);
-            self.gradients.push();
+    ) -> Result<StepReport, CollectiveError> {
+        let losses = self.backward(collective, &state.parameters, ids, targets)?;
+        let gradients = self.gradients.finish();
+        for bucket in self.shards.buckets().iter().rev() {
+            collective.finish_reduce_scatter(gradients, &bucket.slices)?;
         }
-        let gradients = self.gradients.sum();
-        let gradient_norm = gradient::norm(gradients);
-        update(state, gradients, gradient_norm, &self.model, settings);
-        StepReport { loss: loss / self.global_batch_tokens as f64, gradient_norm }
+        let report = measure(collective, &self.shards, &losses, gradients, self.sizes.global_batch_tokens)?;
+        state.optimizer_step += 1;
+        let update = Update { model: &self.model, shards: &self.shards, settings, report };
+        for (index, bucket) in self.shards.buckets().iter().enumerate() {
+            update.bucket(index, state, gradients);
+            collective.start_all_gather(&state.parameters, &bucket.slices)?;
+        }
+        for bucket in self.shards.buckets() {
+            collective.finish_all_gather(&mut state.parameters, &bucket.slices)?;
+        }
+        Ok(report)
     }
 
-    /// Mean loss of `ids`, whole sequences of any number, in nats. A last micro-batch that they do not fill is
-    /// filled up with the first sequences, whose losses then do not count twice.
-    pub fn evaluate(&mut self, parameters: &[f32], ids: &[u32], targets: &[u32]) -> f64 {
-        let mut sum = 0.0;
-        for (ids, targets) in ids.chunks(self.micro_batch_tokens).zip(targets.chunks(self.micro_batch_tokens))
-        {
-            let fill = |tokens: &[u32]| -> Vec<u32> {
-                tokens.iter().cycle().take(self.micro_batch_tokens).copied().collect()
+    /// Runs this rank's micro-batches and returns the sums of their losses. In the last one each bucket of gradients goes
+    /// on its way as soon as it is complete.
+    fn backward(
+        &mut self,
+        collective: &mut dyn Collective,
+        parameters: &[f32],
+        ids: &[u32],
+        targets: &[u32],
+    ) -> Result<Vec<f64>, CollectiveError> {
+        let Self { model, activations, gradients, shards, sizes, .. } = self;
+        let scale = 1.0 / sizes.global_batch_tokens as f32;
+        let count = ids.len() / sizes.micro_batch_tokens;
+        let mut losses = Vec::with_capacity(count);
+        let mut sent = Ok(());
+        let micro_batches = ids.chunks_exact(sizes.micro_batch_tokens);
+        let micro_batches = micro_batches.zip(targets.chunks_exact(sizes.micro_batch_tokens));
+        for (index, (ids, targets)) in micro_batches.enumerate() {
+            let tokens = Tokens { ids, targets, sequence: sizes.sequence };
+            if index + 1 < count {
+                losses.push(model.train(gradients.leaf(), activations, parameters, tokens, scale));
+                gradients.push();
+                continue;
+            }
+            let (leaf, waiting) = gradients.last_leaf();
+            let mut ready = |bucket: usize, gradients: &mut [f32]| {
+                let bucket = &shards.buckets()[bucket];
+                waiting.add_to(gradients, bucket.range.clone());
+                if sent.is_ok() {
+                    sent = collective.start_reduce_scatter(gradients, &bucket.slices);
+                }
             };
-            let (counted, ids, targets) = (ids.len(), fill(ids), fill(targets));
-            let tokens = Tokens { ids: &ids, targets: &targets, sequence: self.sequence };
-            let losses = self.model.losses(&mut self.activations, parameters, tokens);
-            // One by one, so that the sum does not depend on the size of a micro-batch.
-            sum = losses[..counted].iter().fold(sum, |sum, loss| sum + f64::from(*loss));
+            losses.push(model.train_with(leaf, activations, parameters, tokens, scale, &mut ready));
         }
-        sum / ids.len() as f64
+        sent.map(|()| losses)
+    }
+
+    /// Mean loss of `ids`, whole sequences of any number, in nats; the ranks share them. A last micro-batch that they do
+    /// not fill is filled up with the first sequences, whose losses then do not count twice.
+    ///
+    /// # Errors
+    /// When a rank is lost.
+    pub fn evaluate(
+        &mut self,
+        collective: &mut dyn Collective,
+        parameters: &[f32],
+        ids: &[u32],
+        targets: &[u32],
+    ) -> Result<f64, CollectiveError> {
+        let (rank, world_size) = (collective.rank(), collective.world_size());
+        let size = self.sizes.micro_batch_tokens;
+        let mut own = Vec::new();
+        for (ids, targets) in ids.chunks(size).zip(targets.chunks(size)).skip(rank).step_by(world_size) {
+            let fill = |tokens: &[u32]| -> Vec<u32> { tokens.iter().cycle().take(size).copied().collect() };
+            let (counted, ids, targets) = (ids.len(), fill(ids), fill(targets));
+            let tokens = Tokens { ids: &ids, targets: &targets, sequence: self.sizes.sequence };
+            let losses = self.model.losses(&mut self.activations, parameters, tokens);
+            own.extend_from_slice(&losses[..counted]);
+        }
+        let all = collective.exchange(bytemuck::cast_slice(&own))?;
+        let mut by_rank: Vec<_> = all.iter().map(|bytes| bytes.as_chunks::<4>().0.iter()).collect();
+        // One by one, so that the sum depends neither on the size of a micro-batch nor on the ranks.
+        let in_order = (0..ids.len()).filter_map(|token| by_rank[token / size % world_size].next());
+        let sum = in_order.fold(0.0, |sum, loss| sum + f64::from(f32::from_le_bytes(*loss)));
+        Ok(sum / ids.len() as f64)
     }
 }
 
-fn update(
-    state: &mut TrainingState,
+/// Loss and gradient norm of all ranks, each summed in one fixed order.
+fn measure(
+    collective: &mut dyn Collective,
+    shards: &Shards,
+    losses: &[f64],
     gradients: &[f32],
-    gradient_norm: f64,
-    model: &Llama,
-    settings: StepSettings<'_>,
-) {
-    let StepSettings { adam_w, learning_rate, gradient_clip } = settings;
-    state.optimizer_step += 1;
-    let clipped = gradient_clip > 0.0 && gradient_norm > gradient_clip;
-    for tensor in model.layout().tensors() {
-        let decays = adam_w.decay_norms_and_embeddings
-            || !matches!(tensor.kind, TensorKind::Norm | TensorKind::Embedding);
-        let step = AdamWStep {
+    tokens: usize,
+) -> Result<StepReport, CollectiveError> {
+    let rank = shards.rank();
+    let squares = shards.buckets().iter().map(|bucket| unit_squares(&gradients[bucket.slices[rank].clone()]));
+    let squares: Vec<Vec<f64>> = squares.collect();
+    // How many losses, the losses, the squares of all buckets.
+    let mine = [&[losses.len() as f64], losses, &squares.concat()].concat();
+    let all = collective.exchange(bytemuck::cast_slice(&mine))?;
+    let mut by_rank: Vec<_> = all
+        .iter()
+        .map(|bytes| bytes.as_chunks::<8>().0.iter().map(|number| f64::from_le_bytes(*number)))
+        .collect();
+    let mut loss = 0.0;
+    for numbers in &mut by_rank {
+        let count = numbers.next().unwrap_or(0.0) as usize;
+        loss = numbers.by_ref().take(count).fold(loss, |sum, loss| sum + loss);
+    }
+    let mut square = 0.0;
+    for bucket in shards.buckets() {
+        for (numbers, slice) in by_rank.iter_mut().zip(&bucket.slices) {
+            let units = slice.len().div_ceil(crate::ops::gradient::UNIT);
+            square = numbers.by_ref().take(units).fold(square, |sum, square| sum + square);
+        }
+    }
+    Ok(StepReport { loss: loss / tokens as f64, gradient_norm: square.sqrt() })
+}
+
+/// AdamW on this rank's part.
+struct Update<'a> {
+    model: &'a Llama,
+    shards: &'a Shards,
+    settings: StepSettings<'a>,
+    report: StepReport,
+}
+
+impl Update<'_> {
+    fn bucket(&self, index: usize, state: &mut TrainingState, gradients: &[f32]) {
+        let bucket = &self.shards.buckets()[index];
+        let tensors = self.model.layout().tensors();
+        let first = tensors.partition_point(|tensor| tensor.offset < bucket.range.start);
+        for tensor in tensors[first..].iter().take_while(|tensor| tensor.offset < bucket.range.end) {
+            let part = self.shards.part(&tensor.range(), self.shards.rank());
+            let own = self.shards.own(&part);
+            adamw::update(
+                &mut state.parameters[part.clone()],
+                &mut state.exp_avg[own.clone()],
+                &mut state.exp_avg_sq[own],
+                &gradients[part],
+                &self.numbers(tensor.kind, state.optimizer_step),
+            );
+        }
+    }
+
+    fn numbers(&self, kind: TensorKind, step: u64) -> AdamWStep {
+        let StepSettings { adam_w, learning_rate, gradient_clip } = self.settings;
+        let norm = self.report.gradient_norm;
+        let decays =
+            adam_w.decay_norms_and_embeddings || !matches!(kind, TensorKind::Norm | TensorKind::Embedding);
+        AdamWStep {
             learning_rate,
             beta1: adam_w.beta1,
             beta2: adam_w.beta2,
             epsilon: adam_w.epsilon,
             weight_decay: if decays { adam_w.weight_decay } else { 0.0 },
-            step: state.optimizer_step,
-            gradient_scale: if clipped { gradient_clip / gradient_norm } else { 1.0 },
-        };
-        let range = tensor.range();
-        adamw::update(
-            &mut state.parameters[range.clone()],
-            &mut state.exp_avg[range.clone()],
-            &mut state.exp_avg_sq[range.clone()],
-            &gradients[range],
-            &step,
-        );
+            step,
+            gradient_scale: if gradient_clip > 0.0 && norm > gradient_clip {
+                gradient_clip / norm
+            } else {
+                1.0
+            },
+        }
     }
 }

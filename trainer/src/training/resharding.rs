@@ -1,0 +1,238 @@
+//! Between what ranks hold and what checkpoints hold. A checkpoint has whole tensors, whoever wrote it; a rank has all
+//! weights and its part of the moments. So before a checkpoint moments go to the rank that writes them, and after loading
+//! one they come from the rank that has read them: each byte is written and read once.
+//!
+//! All ranks walk over the same list of tensors in the same order, so nothing waits for what comes later.
+
+use crate::checkpoint::{
+    self, CheckpointError, LoadedPart, ObjectTable, Part, Snapshot, StateTensor, TrainingState, copy,
+};
+use crate::collective::{Collective, CollectiveError};
+use crate::model::layout::ParameterLayout;
+use crate::storage::Storage;
+use crate::training::shards::Shards;
+use growth_crds::protocol::CheckpointManifest;
+use serde::{Deserialize, Serialize};
+
+/// What can go wrong on the way.
+#[derive(thiserror::Error, Debug)]
+pub enum ReshardError {
+    /// The checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Another rank.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+}
+
+/// Fills each rank's snapshot from the state of all.
+///
+/// # Errors
+/// When a rank is lost.
+pub fn fill(
+    snapshot: &mut Snapshot,
+    state: &TrainingState,
+    table: &ObjectTable,
+    layout: &ParameterLayout,
+    shards: &Shards,
+    collective: &mut dyn Collective,
+) -> Result<(), CollectiveError> {
+    let world_size = collective.world_size();
+    if world_size == 1 {
+        snapshot.copy_from(state, layout);
+        return Ok(());
+    }
+    // A rank that still writes the checkpoint before could not take what the others send.
+    collective.barrier()?;
+    snapshot.stand_at(state);
+    for object in 0..table.len() {
+        let owner = ObjectTable::owner(object, world_size);
+        for tensor in table.tensors(object) {
+            gather(snapshot, state, tensor, owner, layout, shards, collective)?;
+        }
+    }
+    Ok(())
+}
+
+/// Brings one tensor to the rank that writes it.
+fn gather(
+    snapshot: &mut Snapshot,
+    state: &TrainingState,
+    tensor: StateTensor,
+    owner: usize,
+    layout: &ParameterLayout,
+    shards: &Shards,
+    collective: &mut dyn Collective,
+) -> Result<(), CollectiveError> {
+    let range = layout.tensors()[tensor.tensor].range();
+    let vector = tensor.vector_of(state);
+    let rank = collective.rank();
+    if owner != rank {
+        return match tensor.part {
+            Part::Parameters => Ok(()),
+            _ => collective.send(owner, &vector[shards.own(&shards.part(&range, rank))]),
+        };
+    }
+    let Some(whole) = snapshot.numbers_mut(tensor) else { return Ok(()) };
+    if tensor.part == Part::Parameters {
+        copy(whole, &vector[range]);
+        return Ok(());
+    }
+    for from in 0..collective.world_size() {
+        let part = shards.part(&range, from);
+        let to = &mut whole[part.start - range.start..part.end - range.start];
+        match from == rank {
+            true => to.copy_from_slice(&vector[shards.own(&part)]),
+            false => collective.receive(from, to)?,
+        }
+    }
+    Ok(())
+}
+
+/// What each rank tells of the part of a checkpoint that it has read.
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+enum Reading {
+    Good(Vec<StateTensor>),
+    Damaged(String),
+}
+
+/// The newest good checkpoint of a stage, read by all ranks together; `None` when there is none.
+///
+/// # Errors
+/// When the storage does not answer, the checkpoint is one of another model, or a rank is lost.
+pub fn resume(
+    storage: &Storage,
+    (job, stage): (&str, &str),
+    layout: &ParameterLayout,
+    shards: &Shards,
+    collective: &mut dyn Collective,
+    warn: &mut dyn FnMut(String),
+) -> Result<Option<(CheckpointManifest, TrainingState)>, ReshardError> {
+    if collective.world_size() == 1 {
+        return Ok(checkpoint::resume(storage, job, stage, layout, warn)?);
+    }
+    for manifest in candidates(storage, job, stage, collective, warn)? {
+        match read(storage, &manifest, layout, collective, warn)? {
+            Some(reading) => {
+                let state = spread(reading, layout, shards, collective)?;
+                return Ok(Some((manifest, state)));
+            }
+            None => continue,
+        }
+    }
+    Ok(None)
+}
+
+/// Committed checkpoints as rank 0 finds them, newest first.
+fn candidates(
+    storage: &Storage,
+    job: &str,
+    stage: &str,
+    collective: &mut dyn Collective,
+    warn: &mut dyn FnMut(String),
+) -> Result<Vec<CheckpointManifest>, ReshardError> {
+    let mut manifests = Vec::new();
+    if collective.rank() == 0 {
+        for found in checkpoint::list(storage, job, stage)?.into_iter().rev() {
+            match found.commit {
+                checkpoint::Commit::Yes(manifest) => manifests.push(*manifest),
+                checkpoint::Commit::Damaged(_) => warn(format!("skipped the checkpoint {}", found.name())),
+                checkpoint::Commit::No => {}
+            }
+        }
+    }
+    let json = serde_json::to_vec(&manifests).unwrap_or_default();
+    let json = collective.broadcast(&json)?;
+    serde_json::from_slice(&json).map_err(|error| unreadable(0, &error))
+}
+
+/// Reads this rank's objects of a checkpoint, and learns what the others have read. `None`: an object is damaged.
+fn read(
+    storage: &Storage,
+    manifest: &CheckpointManifest,
+    layout: &ParameterLayout,
+    collective: &mut dyn Collective,
+    warn: &mut dyn FnMut(String),
+) -> Result<Option<(TrainingState, Vec<Vec<StateTensor>>)>, ReshardError> {
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    let (state, mine) = match checkpoint::load_part(storage, manifest, layout, rank, world_size) {
+        Ok(LoadedPart { state, tensors }) => (state, Reading::Good(tensors)),
+        Err(error) if error.is_damage() => (TrainingState::default(), Reading::Damaged(error.to_string())),
+        Err(error) => return Err(error.into()),
+    };
+    let all = collective.exchange(&serde_json::to_vec(&mine).unwrap_or_default())?;
+    let mut by_rank = Vec::with_capacity(all.len());
+    for (rank, json) in all.iter().enumerate() {
+        match serde_json::from_slice(json).map_err(|error| unreadable(rank, &error))? {
+            Reading::Good(tensors) => by_rank.push(tensors),
+            Reading::Damaged(problem) => warn(format!("skipped a checkpoint: {problem}")),
+        }
+    }
+    if by_rank.len() < world_size {
+        return Ok(None);
+    }
+    LoadedPart::check_complete(storage, manifest, layout, &by_rank.concat())?;
+    Ok(Some((state, by_rank)))
+}
+
+/// Gives every rank all weights and its part of the moments.
+fn spread(
+    (mut state, by_rank): (TrainingState, Vec<Vec<StateTensor>>),
+    layout: &ParameterLayout,
+    shards: &Shards,
+    collective: &mut dyn Collective,
+) -> Result<TrainingState, CollectiveError> {
+    let mut own = TrainingState {
+        exp_avg: vec![0.0; shards.own_len()],
+        exp_avg_sq: vec![0.0; shards.own_len()],
+        parameters: std::mem::take(&mut state.parameters),
+        step: state.step,
+        tokens: state.tokens,
+        optimizer_step: state.optimizer_step,
+    };
+    let longest = by_rank.iter().map(Vec::len).max().unwrap_or(0);
+    for index in 0..longest {
+        for (reader, tensors) in by_rank.iter().enumerate() {
+            if let Some(tensor) = tensors.get(index) {
+                scatter(&mut own, &state, *tensor, reader, layout, shards, collective)?;
+            }
+        }
+    }
+    Ok(own)
+}
+
+/// Brings one tensor from the rank that has read it to those that need it. `loaded` has the moments that this rank read.
+fn scatter(
+    own: &mut TrainingState,
+    loaded: &TrainingState,
+    tensor: StateTensor,
+    reader: usize,
+    layout: &ParameterLayout,
+    shards: &Shards,
+    collective: &mut dyn Collective,
+) -> Result<(), CollectiveError> {
+    let range = layout.tensors()[tensor.tensor].range();
+    let (rank, world_size) = (collective.rank(), collective.world_size());
+    if tensor.part == Part::Parameters {
+        return match reader == rank {
+            true => (0..world_size)
+                .filter(|to| *to != rank)
+                .try_for_each(|to| collective.send(to, &own.parameters[range.clone()])),
+            false => collective.receive(reader, &mut own.parameters[range]),
+        };
+    }
+    let part = shards.part(&range, rank);
+    let target = &mut tensor.vector_of_mut(own)[shards.own(&part)];
+    if reader != rank {
+        return collective.receive(reader, target);
+    }
+    let whole = tensor.vector_of(loaded);
+    target.copy_from_slice(&whole[part]);
+    let others = (0..world_size).filter(|to| *to != rank);
+    others.into_iter().try_for_each(|to| collective.send(to, &whole[shards.part(&range, to)]))
+}
+
+fn unreadable(rank: usize, error: &serde_json::Error) -> ReshardError {
+    CollectiveError::Protocol { rank, problem: error.to_string() }.into()
+}
