@@ -3,6 +3,8 @@
 
 #[path = "../../crds/tests/common/mod.rs"]
 mod common;
+#[path = "decide/scaling.rs"]
+mod scaling;
 
 use common::{edit, example};
 use growth_crds::GrowthTrainingJob;
@@ -405,7 +407,7 @@ fn a_queue_that_holds_the_attempt_is_named_and_stops_the_clocks() {
 #[test]
 fn a_rank_that_hangs_while_another_is_done_stalls_the_attempt() {
     let mut world = training(&[]);
-    world.job.status.as_mut().unwrap().stages[0].desired_replicas = Some(2);
+    world.job.status.as_mut().unwrap().replicas = Some(2);
     world.see_pod("train", Some("small"), 1, json!({"phase": "Succeeded"}));
     world.step();
     let plan = world.after(1801);
@@ -621,6 +623,7 @@ fn every_reason_is_used() {
     let sources = [
         include_str!("../src/decide.rs"),
         include_str!("../src/decide/running.rs"),
+        include_str!("../src/decide/scaling.rs"),
         include_str!("../src/draft.rs"),
         include_str!("../src/apply.rs"),
     ];
