@@ -6,7 +6,8 @@ use crate::world::Action::{
 };
 use crate::world::{Action, Setting};
 
-const ALONE: Setting = Setting { operators: 1, large_replicas: 1, max_restarts: 1000, ttl: None };
+const ALONE: Setting =
+    Setting { operators: 1, large_replicas: 1, least_replicas: 1, max_restarts: 1000, ttl: None };
 const GANG: Setting = Setting { large_replicas: 2, ..ALONE };
 
 fn ends_well(setting: &Setting, story: &[Action]) {
