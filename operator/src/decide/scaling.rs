@@ -15,7 +15,7 @@ use growth_crds::plan::ranks::elastic_sizes;
 use growth_crds::spec::stage::ElasticSpec;
 use growth_crds::status::CapacityStatus;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{Pod, PodCondition};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use std::cmp::Ordering;
@@ -212,12 +212,15 @@ fn go_on_with_fewer(
 
 /// Since when the scheduler has found no node for one of the pods, and its words.
 fn unscheduled(pods: &[&Pod]) -> Option<(Timestamp, String)> {
+    // A pod that a gate holds back has another reason.
+    let is_refused = |one: &&PodCondition| {
+        one.type_ == "PodScheduled" && one.status == "False" && one.reason.as_deref() == Some("Unschedulable")
+    };
     let refused = pods.iter().filter_map(|pod| {
         let conditions = pod.status.as_ref()?.conditions.as_ref()?;
-        let found = conditions.iter().find(|one| one.type_ == "PodScheduled" && one.status == "False")?;
-        let text = |text: &Option<String>| text.clone().unwrap_or_default();
-        let since = found.last_transition_time.as_ref()?.0;
-        Some((since, format!("pod {}: {}: {}", pod.name_any(), text(&found.reason), text(&found.message))))
+        let found = conditions.iter().find(is_refused)?;
+        let words = found.message.as_deref().unwrap_or_default();
+        Some((found.last_transition_time.as_ref()?.0, format!("pod {}: {words}", pod.name_any())))
     });
     refused.min()
 }

@@ -444,7 +444,7 @@ fn a_job_that_has_no_node_at_all_waits() {
     assert_eq!(world.condition("Degraded"), Default::default());
     world.after(1);
     assert_eq!(world.condition("Failed").1, "StartupDeadlineExceeded");
-    // Nor does one whose smallest size does not fit, and a fixed stage never does.
+    // So does one whose smallest size does not fit, and a fixed stage always.
     let least = json!({"minReplicas": 4, "maxReplicas": 4});
     let fixed = [(ELASTIC, Value::Null), ("/spec/stages/0/replicas", json!(4))];
     for edits in [&[(ELASTIC, least)][..], &fixed] {
@@ -452,6 +452,12 @@ fn a_job_that_has_no_node_at_all_waits() {
         short(&mut world, 1);
         assert!(world.after(100_000).writes.is_empty());
     }
+    // A gate is no lack of nodes.
+    let mut world = elastic(4, &[]);
+    let mut gated = unschedulable(world.now);
+    gated["conditions"][0]["reason"] = json!("SchedulingGated");
+    see_gang(&mut world, 1, 4, &[ready(), ready(), ready(), gated]);
+    assert!(world.after(100_000).writes.is_empty());
 }
 
 /// The operator died between two writes.
