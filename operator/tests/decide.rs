@@ -415,6 +415,23 @@ fn a_rank_that_hangs_while_another_is_done_stalls_the_attempt() {
     assert_eq!(world.condition("Progressing").1, "Stalled");
 }
 
+/// Found by the simulation: the pod that was done was deleted before the other was ready; only the Job knew of it.
+#[test]
+fn a_pod_that_is_done_and_gone_is_not_waited_for() {
+    let mut world = World::new(&[]);
+    world.step();
+    world.succeed("tiny-data--t1", "data", None, 1, &Outcome::finished(None));
+    world.see_job("tiny-small-t1", &[]);
+    let job = std::sync::Arc::make_mut(world.observed.jobs.last_mut().unwrap());
+    job.spec.get_or_insert_default().completions = Some(2);
+    job.status.as_mut().unwrap().succeeded = Some(1);
+    world.see_pod("train", Some("small"), 1, ready());
+    world.step();
+    assert_eq!(world.phase(), Phase::Training);
+    world.after(1801);
+    assert_eq!(world.condition("Progressing").1, "Stalled");
+}
+
 /// One attempt back may be read by people; older ones are not kept.
 #[test]
 fn jobs_of_old_attempts_go() {

@@ -37,8 +37,9 @@ pub(super) fn run(
         i32::try_from(pods.iter().filter(|pod| holds(pod)).count()).unwrap_or(i32::MAX)
     };
     let ready = count(&|pod| is_at_work(pod, work));
-    // A rank may be done before another is ready.
-    let started = ready + count(&|pod| phase(pod) == "Succeeded");
+    // A rank may be done before another is ready, and its pod deleted.
+    let done = job.status.as_ref().and_then(|status| status.succeeded).unwrap_or(0);
+    let started = ready + done.max(count(&|pod| phase(pod) == "Succeeded"));
     if let Some(index) = work.stage() {
         draft.stage_mut(index).ready_replicas = Some(ready);
     }

@@ -303,6 +303,8 @@ impl Kubernetes {
         }
         let replicas = job.spec.as_ref().and_then(|spec| spec.completions).unwrap_or(1);
         let Count { succeeded, failure } = self.counted.entry(uid.clone()).or_default().clone();
+        let done = i32::try_from(succeeded.len()).unwrap();
+        api.update_job(name, |job| job.status.get_or_insert_default().succeeded = Some(done));
         if let Some(reason) = failure {
             add_condition(api, name, "FailureTarget", reason);
             let alive: Vec<_> = pods.iter().filter(|pod| !has_ended(pod)).collect();
@@ -312,7 +314,7 @@ impl Kubernetes {
             }
             return;
         }
-        if i32::try_from(succeeded.len()).unwrap() == replicas {
+        if done == replicas {
             add_condition(api, name, "SuccessCriteriaMet", "CompletionsReached");
             add_condition(api, name, "Complete", "CompletionsReached");
             return;
@@ -584,7 +586,8 @@ impl Kubernetes {
         }
         let ranks: BTreeSet<i32> =
             gang.clone().map(|peer| peer.rank).chain(ended.map(|(rank, ..)| *rank)).collect();
-        let stops = gang.clone().any(|peer| peer.asked_to_stop);
+        // Only one that was asked to stop ends before rank 0 does.
+        let stops = gang.clone().any(|peer| peer.asked_to_stop) || self.ends.contains_key(&process.job_uid);
         if ranks.len() < process.size {
             // They still look for each other.
             return stops.then(|| (0, Outcome::stopped(checkpoint(stage, process.step))));
