@@ -51,6 +51,11 @@ words! {
         Progressing,
         /// There is a committed checkpoint to go on from.
         CheckpointAvailable,
+        /// An elastic stage is to have another number of pods than it has. The time since it is True is that of
+        /// elastic.scaleUpDelaySeconds.
+        Scaling,
+        /// An elastic stage trains on fewer pods than it should, for want of nodes.
+        Degraded,
         /// All stages are complete. Final.
         Complete,
         /// The job ended without finishing. Final.
@@ -107,6 +112,17 @@ words! {
         Committed,
         /// None has been written yet.
         NoCheckpointYet,
+        /// A larger size is wanted; the stage restarts with it once it was wanted for elastic.scaleUpDelaySeconds.
+        ScaleUpRequested,
+        /// A smaller size is wanted; the stage restarts with it at once.
+        ScaleDownRequested,
+        /// No other size is wanted.
+        ScaleSettled,
+        /// Some pods found no node for elastic.capacityTimeoutSeconds, and the stage goes on without them; the message has
+        /// the scheduler's words.
+        InsufficientCapacity,
+        /// The stage trains on the size that is wanted.
+        FullSize,
         /// All stages are complete.
         AllStagesCompleted,
         /// More restarts than failurePolicy.maxRestarts.
@@ -136,6 +152,8 @@ impl ConditionType {
             Self::Running => &[R::TrainersReady, R::TransformRunning],
             Self::Progressing => &[R::StepsAdvancing],
             Self::CheckpointAvailable => &[R::Committed],
+            Self::Scaling => &[R::ScaleUpRequested, R::ScaleDownRequested],
+            Self::Degraded => &[R::InsufficientCapacity],
             Self::Complete => &[R::AllStagesCompleted],
             Self::Failed => &[
                 R::MaxRestartsExceeded,
@@ -177,6 +195,8 @@ impl ConditionType {
             ],
             Self::Progressing => &[R::Stalled, R::NotReported],
             Self::CheckpointAvailable => &[R::NoCheckpointYet],
+            Self::Scaling => &[R::ScaleSettled, R::Suspended, R::StageTransition, R::Finished],
+            Self::Degraded => &[R::FullSize, R::Suspended, R::StageTransition, R::Finished],
             Self::Complete | Self::Failed => &[],
         }
     }

@@ -64,8 +64,8 @@ pub struct GrowthTrainingJobStatus {
     #[schemars(length(max = 16))]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["name".into()]))]
     pub stages: Vec<StageStatus>,
-    /// Kubernetes conditions: Accepted, Suspended, PodsScheduled, Running, Progressing, CheckpointAvailable, Complete,
-    /// Failed.
+    /// Kubernetes conditions: Accepted, Suspended, PodsScheduled, Running, Progressing, CheckpointAvailable, Scaling,
+    /// Degraded, Complete, Failed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 16), schema_with = "without_descriptions::<Vec<Condition>>")]
     #[x_kube(merge_strategy = ListMerge::Map(vec!["type".into()]))]
@@ -156,18 +156,33 @@ pub struct StageStatus {
     /// When it ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion_time: Option<Time>,
-    /// Trainer pods that it should have.
+    /// Trainer pods that it should have; an elastic stage may have others for a while.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub desired_replicas: Option<i32>,
     /// Trainer pods that are ready.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ready_replicas: Option<i32>,
+    /// What the nodes had room for, when some pods of an elastic stage found none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub capacity: Option<CapacityStatus>,
     /// Its last committed checkpoint.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<CheckpointStatus>,
     /// Its last failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<FailureStatus>,
+}
+
+/// How many pods of a stage found a node.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct CapacityStatus {
+    /// Pods that had one.
+    pub replicas: i32,
+    /// Pods that the stage should have had. When it should have another number, that is tried without waiting.
+    pub desired_replicas: i32,
+    /// When that was. After scaleUpDelaySeconds, and ten minutes at least, it is tried again.
+    pub time: Time,
 }
 
 /// One attempt at a piece of work: a Job with its pods.

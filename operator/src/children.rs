@@ -23,6 +23,10 @@ use std::collections::BTreeMap;
 /// Name of the container that trains. A template that has one of this name describes it; else one is added.
 pub const TRAINER_CONTAINER: &str = "trainer";
 
+/// Names of the ports of trainers.
+const PROGRESS: &str = "progress";
+const RENDEZVOUS: &str = "rendezvous";
+
 /// Where the container's outcome goes: the kubelet copies it into the pod's status.
 const TERMINATION_LOG: &str = "/dev/termination-log";
 
@@ -125,11 +129,12 @@ fn manifest_of(job: &GrowthTrainingJob) -> GrowthTrainingJob {
 
 fn service(job: &GrowthTrainingJob) -> Service {
     let selector = trainer_labels(job);
-    let port = ServicePort {
-        name: Some("progress".to_owned()),
-        port: i32::from(contract::PROGRESS_PORT),
+    let port = |name: &str, port: u16| ServicePort {
+        name: Some(name.to_owned()),
+        port: i32::from(port),
         ..ServicePort::default()
     };
+    let ports = vec![port(PROGRESS, contract::PROGRESS_PORT), port(RENDEZVOUS, contract::RENDEZVOUS_PORT)];
     Service {
         metadata: owned(job, service_name(job), selector.clone()),
         spec: Some(ServiceSpec {
@@ -137,7 +142,7 @@ fn service(job: &GrowthTrainingJob) -> Service {
             selector: Some(selector),
             // Ranks look for each other before they are ready.
             publish_not_ready_addresses: Some(true),
-            ports: Some(vec![port]),
+            ports: Some(ports),
             ..ServiceSpec::default()
         }),
         status: None,
@@ -293,15 +298,20 @@ fn complete_container(container: &mut Container, of: &Builder<'_>) {
             variable(contract::ENV_REPLICAS, &replicas.to_string()),
             variable(contract::ENV_LEADER, &format!("{name}-0.{}", service_name(job))),
         ]);
-        container.ports.get_or_insert_default().push(ContainerPort {
-            name: Some("progress".to_owned()),
-            container_port: i32::from(contract::PROGRESS_PORT),
+        let port = |name: &str, port: u16| ContainerPort {
+            name: Some(name.to_owned()),
+            container_port: i32::from(port),
             ..ContainerPort::default()
-        });
+        };
+        let ports = container.ports.get_or_insert_default();
+        ports.push(port(PROGRESS, contract::PROGRESS_PORT));
+        if replicas > 1 {
+            ports.push(port(RENDEZVOUS, contract::RENDEZVOUS_PORT));
+        }
         container.readiness_probe.get_or_insert_with(|| Probe {
             http_get: Some(HTTPGetAction {
                 path: Some("/healthz".to_owned()),
-                port: IntOrString::String("progress".to_owned()),
+                port: IntOrString::String(PROGRESS.to_owned()),
                 ..HTTPGetAction::default()
             }),
             period_seconds: Some(2),
@@ -362,6 +372,10 @@ mod tests {
     use serde_json::{Value, json};
 
     fn built(work: Work) -> (Children, Value) {
+        built_with(work, 2)
+    }
+
+    fn built_with(work: Work, replicas: i32) -> (Children, Value) {
         let job: GrowthTrainingJob = serde_json::from_value(json!({
             "apiVersion": "growth.dev/v1alpha1",
             "kind": "GrowthTrainingJob",
@@ -397,7 +411,7 @@ mod tests {
         let plan = resolve("tiny", &job.spec).unwrap();
         let defaults = PodDefaults { image: "growth-trainer:1".to_owned(), image_pull_policy: None };
         let stage = work.stage().map(|index| Box::new(plan.stages[index].clone()));
-        let attempt = Attempt { work, number: 3, replicas: 2, plan: stage };
+        let attempt = Attempt { work, number: 3, replicas, plan: stage };
         let children = children(&job, &attempt, &defaults).unwrap();
         let pod = serde_json::to_value(&children.job).unwrap()["spec"]["template"].clone();
         (children, pod)
@@ -419,6 +433,28 @@ mod tests {
         assert_eq!(service["metadata"]["name"], pod["spec"]["subdomain"]);
         let selected = service["spec"]["selector"].as_object().unwrap();
         assert!(selected.iter().all(|(key, value)| pod["metadata"]["labels"][key] == *value), "{selected:?}");
+    }
+
+    #[test]
+    fn ranks_find_each_other_where_there_are_several() {
+        let (children, pod) = built(Work::Train(1));
+        let container = &pod["spec"]["containers"][0];
+        assert_eq!(
+            container["ports"][1],
+            json!({"name": "rendezvous", "containerPort": contract::RENDEZVOUS_PORT})
+        );
+        let leader = json!({"name": "GROWTH_LEADER", "value": "tiny-large-t3-0.tiny-trainers"});
+        assert!(container["env"].as_array().unwrap().contains(&leader), "{container}");
+        let service = serde_json::to_value(children.service.unwrap()).unwrap();
+        let ports = service["spec"]["ports"].as_array().unwrap();
+        assert!(
+            ports.contains(&json!({"name": "rendezvous", "port": contract::RENDEZVOUS_PORT})),
+            "{ports:?}"
+        );
+
+        let (children, pod) = built_with(Work::Train(1), 1);
+        assert_eq!(pod["spec"]["containers"][0]["ports"].as_array().unwrap().len(), 1);
+        assert!(children.service.is_none());
     }
 
     #[test]

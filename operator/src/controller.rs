@@ -124,9 +124,9 @@ fn prune<K: Resource>(object: &mut K) {
 
 fn prune_job(job: &mut Job) {
     prune(job);
-    // A queue suspends it.
-    let suspend = job.spec.take().and_then(|spec| spec.suspend);
-    job.spec = Some(JobSpec { suspend, ..JobSpec::default() });
+    // A queue suspends it; what runs has as many pods as it says.
+    let spec = job.spec.take().unwrap_or_default();
+    job.spec = Some(JobSpec { suspend: spec.suspend, completions: spec.completions, ..JobSpec::default() });
 }
 
 fn prune_pod(pod: &mut Pod) {

@@ -6,12 +6,13 @@
 //! its Job exists, and is over when its Job ends, is deleted, or has lost a pod; then the next number follows.
 
 mod running;
+mod scaling;
 
 pub use running::{PROGRESS_SECONDS, job_to_ask};
 
 use crate::children::Attempt;
 use crate::draft::{Draft, Plan, Write};
-use crate::failure::{Failure, Verdict, back_off_seconds, judge, lost};
+use crate::failure::{Failure, PEER_LOST, Verdict, back_off_seconds, judge, lost};
 use crate::names::{LABEL_ATTEMPT, Work, labels};
 use crate::observed::{Observed, is_finished, job_is, outcome};
 use growth_crds::conditions::{ConditionType, Reason};
@@ -24,6 +25,7 @@ use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::ResourceExt;
 use running::{record_progress, run};
+use scaling::next_size;
 
 /// Value of `managedBy` that means this operator; absent means so, too.
 pub const CONTROLLER_NAME: &str = "growth.dev/growth-operator";
@@ -156,19 +158,6 @@ fn first_number(draft: &Draft<'_>, work: Work) -> i32 {
     }
 }
 
-fn replicas(job: &GrowthTrainingJob, work: Work) -> i32 {
-    let Work::Train(index) = work else { return 1 };
-    let stage = &job.spec.stages[index];
-    match (&stage.elastic, stage.replicas) {
-        (Some(elastic), _) => {
-            let wanted = job.spec.replicas.clamp(elastic.min_replicas, elastic.max_replicas);
-            let allowed = elastic.allowed_replicas.iter().flatten().copied();
-            allowed.filter(|size| *size <= wanted).max().unwrap_or(wanted)
-        }
-        (None, fixed) => fixed.unwrap_or(1),
-    }
-}
-
 /// Creates the Job of the recorded attempt, when the attempts before it are over and its back-off is, too.
 fn start(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work) {
     let Some(attempt) = draft.attempt(work).cloned() else { return };
@@ -179,13 +168,10 @@ fn start(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work)
         return wait_to_start(draft, attempt.number, others_live, wait);
     }
     forget_old_attempts(draft, observed, work, attempt.number);
-    let replicas = replicas(draft.job, work);
+    let replicas = next_size(draft, plan, work);
     let stage = work.stage().and_then(|index| plan.stages.get(index)).cloned().map(Box::new);
     draft.writes.push(Write::Start(Attempt { work, number: attempt.number, replicas, plan: stage }));
     draft.status.replicas = Some(replicas);
-    if let Some(index) = work.stage() {
-        draft.stage_mut(index).desired_replicas = Some(replicas);
-    }
     if draft.condition(ConditionType::Suspended).is_some() {
         draft.set(ConditionType::Suspended, Reason::Resumed, "the job is no longer suspended");
     }
@@ -248,6 +234,11 @@ fn suspend(draft: &mut Draft<'_>, observed: &Observed, work: Work) {
     draft.set(ConditionType::Running, Reason::Suspended, "spec.suspend is true");
     draft.phase(Phase::Suspended);
     draft.no_replicas();
+    draft.settle_size(Reason::Suspended, "the job is suspended");
+    if let Some(stage) = work.stage().and_then(|index| draft.status.stages.get_mut(index)) {
+        // Whoever resumes the job may have made room.
+        stage.capacity = None;
+    }
     if !was_suspended {
         draft.event(false, "Suspended", "no pods are held; the last checkpoint stays".to_owned(), None);
     }
@@ -284,8 +275,10 @@ fn follow(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work
         return ended(draft, observed, plan, work, outcome(&pods));
     }
     if job_is(job, "Failed") || job_is(job, "FailureTarget") {
-        let failure = judge(job, &pods, &draft.job.spec.failure_policy, draft.now);
-        return restart(draft, observed, plan, work, failure);
+        return match judge(job, &pods, &draft.job.spec.failure_policy, draft.now) {
+            Some(failure) => restart(draft, observed, plan, work, failure),
+            None => wait_for_the_last_word(draft, work),
+        };
     }
     if draft.job.spec.suspend {
         return suspend(draft, observed, work);
@@ -299,6 +292,14 @@ fn follow(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work
         return restart(draft, observed, plan, work, failure);
     }
     run(draft, observed, plan, work, job, &pods);
+}
+
+/// All that have ended have lost another pod, and that one has not told its end yet.
+fn wait_for_the_last_word(draft: &mut Draft<'_>, work: Work) {
+    draft.stop_clock(work);
+    draft.set(ConditionType::Running, Reason::Restarting, "the pod that the others have lost is yet to end");
+    draft.phase(Phase::Restarting);
+    draft.requeue_after(5);
 }
 
 /// All pods of the attempt ended well.
@@ -346,6 +347,7 @@ fn ended(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work,
             stage.completion_time = Some(now);
             let stage = stage.name.clone();
             record_progress(draft, plan, index, tokens, None);
+            draft.settle_size(Reason::StageTransition, &format!("stage {stage} is complete"));
             draft.event(false, "StageComplete", format!("stage {stage} is complete"), name);
         }
     }
@@ -374,6 +376,7 @@ fn restart(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Wor
     stop_all(draft, observed);
     let text = failure.status.message.clone().unwrap_or_else(|| failure.status.reason.clone());
     let is_planned = failure.verdict == Verdict::Planned;
+    let is_peer_lost = failure.status.reason == PEER_LOST;
     let note = format!("attempt {} ended: {}: {text}", attempt.number, failure.status.reason);
     draft.event(!is_planned, "AttemptEnded", note, Some(attempt.job_name.clone()));
     if let Some(index) = work.stage() {
@@ -384,6 +387,8 @@ fn restart(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Wor
         }
     }
     let not_before = match failure.verdict {
+        // Nobody can tell whose fault it was, so it may happen again at once.
+        Verdict::Free if is_peer_lost => Some(after(draft, back_off_seconds(1))),
         Verdict::Planned | Verdict::Free => None,
         Verdict::BadInput => return draft.fail(Reason::InvalidInput, text),
         Verdict::Rule(name) => {
@@ -391,7 +396,7 @@ fn restart(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Wor
             return draft.fail(Reason::FailurePolicyRule, message);
         }
         Verdict::Counted => match count_restart(draft) {
-            Ok(restarts) => Some(draft.now + jiff::SignedDuration::from_secs(back_off_seconds(restarts))),
+            Ok(restarts) => Some(after(draft, back_off_seconds(restarts))),
             Err(limit) => {
                 let reason = match work {
                     Work::Transform(_) => Reason::TransformFailed,
@@ -412,6 +417,10 @@ fn restart(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Wor
     draft.set(ConditionType::Running, Reason::Restarting, message);
     draft.phase(Phase::Restarting);
     start(draft, observed, plan, work);
+}
+
+fn after(draft: &Draft<'_>, seconds: i64) -> Timestamp {
+    draft.now + jiff::SignedDuration::from_secs(seconds)
 }
 
 /// Counts a restart in the window. Errors: the limit, when it is exceeded.

@@ -108,7 +108,9 @@ impl<'a> Draft<'a> {
             _ if kind.true_reasons().contains(&reason) => "True",
             _ => "False",
         };
-        let before = self.condition(kind).filter(|before| before.status == status);
+        // What is stored counts: a condition may be set to one thing and back while this is decided.
+        let mut stored = self.job.status.iter().flat_map(|status| &status.conditions);
+        let before = stored.find(|before| before.type_ == kind.as_str() && before.status == status);
         let since = before.map_or(Time(self.now), |before| before.last_transition_time.clone());
         let condition = Condition {
             type_: kind.as_str().to_owned(),
@@ -194,8 +196,18 @@ impl<'a> Draft<'a> {
         self.status.active_seconds.unwrap_or(0) + running
     }
 
+    /// No size is wanted any more, nor is one missed.
+    pub fn settle_size(&mut self, reason: Reason, message: &str) {
+        for kind in [ConditionType::Scaling, ConditionType::Degraded] {
+            if self.is_true(kind) {
+                self.set(kind, reason, message);
+            }
+        }
+    }
+
     fn end(&mut self, phase: Phase, message: &str) {
         self.set(ConditionType::Running, Reason::Finished, message);
+        self.settle_size(Reason::Finished, message);
         self.phase(phase);
         self.status.completion_time.get_or_insert(Time(self.now));
         self.no_replicas();

@@ -2,7 +2,9 @@
 
 use crate::apply::ApplyError;
 use crate::controller::ReconcileError;
+use crate::failure::PEER_LOST;
 use growth_crds::GrowthTrainingJob;
+use growth_crds::conditions::ConditionType;
 use growth_crds::status::{AttemptStatus, GrowthTrainingJobStatus, Phase, StageState, StageStatus};
 use jiff::Timestamp;
 use kube::ResourceExt;
@@ -142,6 +144,8 @@ pub enum Cause {
     Disruption,
     /// It was asked to stop and wrote a checkpoint.
     Stopped,
+    /// Another number of pods was wanted, or there were nodes for fewer.
+    Resized,
     /// The job was suspended and goes on.
     Resumed,
     /// Its Job was deleted.
@@ -157,9 +161,10 @@ pub enum Cause {
 }
 
 impl Cause {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Disruption,
         Self::Stopped,
+        Self::Resized,
         Self::Resumed,
         Self::JobDeleted,
         Self::PodsLost,
@@ -185,7 +190,7 @@ fn cause_of(reason: &str) -> Cause {
         | "DisruptionTarget"
         | "NodeUnreachable" => Cause::Disruption,
         "JobDeleted" => Cause::JobDeleted,
-        "OutcomeLost" | "PodsLost" => Cause::PodsLost,
+        "OutcomeLost" | "PodsLost" | PEER_LOST => Cause::PodsLost,
         "Stalled" => Cause::Stalled,
         "OOMKilled" => Cause::OutOfMemory,
         _ => Cause::Error,
@@ -206,6 +211,9 @@ impl Changes {
     pub fn between(old: &GrowthTrainingJobStatus, new: &GrowthTrainingJobStatus) -> Self {
         let mut changes = Self::default();
         let was_suspended = old.phase == Some(Phase::Suspended);
+        let is_scaling = new.conditions.iter().any(|condition| {
+            condition.type_ == ConditionType::Scaling.as_str() && condition.status == "True"
+        });
         let unknown = StageStatus::default();
         for (index, stage) in new.stages.iter().enumerate() {
             let before = old.stages.get(index).unwrap_or(&unknown);
@@ -218,6 +226,7 @@ impl Changes {
                     Some(failure) if before.last_failure.as_ref() != Some(failure) => {
                         cause_of(&failure.reason)
                     }
+                    _ if is_scaling || before.capacity != stage.capacity => Cause::Resized,
                     // It was asked to, and that is no failure.
                     _ => Cause::Stopped,
                 });
@@ -551,6 +560,7 @@ pub(crate) mod tests {
             ("Stalled", Cause::Stalled),
             ("JobDeleted", Cause::JobDeleted),
             ("OutcomeLost", Cause::PodsLost),
+            ("PeerLost", Cause::PodsLost),
             ("NodeUnreachable", Cause::Disruption),
             ("SomethingNew", Cause::Error),
         ];
@@ -561,6 +571,16 @@ pub(crate) mod tests {
         // Nothing has failed since.
         assert_eq!(changes(training(1, "Error"), training(2, "Error")).restarts, [Cause::Stopped]);
         assert_eq!(changes(json!({}), training(3, "Error")).restarts, [], "the first attempt follows none");
+        let mut scaling = training(2, "Error");
+        scaling["conditions"] = json!([{
+            "type": "Scaling", "status": "True", "reason": "ScaleUpRequested", "message": "",
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+        }]);
+        assert_eq!(changes(training(1, "Error"), scaling).restarts, [Cause::Resized]);
+        let mut with_fewer = training(2, "Error");
+        with_fewer["stages"][0]["capacity"] =
+            json!({"replicas": 2, "desiredReplicas": 4, "time": "2026-01-01T00:00:00Z"});
+        assert_eq!(changes(training(1, "Error"), with_fewer).restarts, [Cause::Resized]);
         let mut suspended = training(1, "");
         suspended["phase"] = json!("Suspended");
         assert_eq!(changes(suspended, training(2, "JobDeleted")).restarts, [Cause::Resumed]);

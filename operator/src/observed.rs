@@ -132,6 +132,11 @@ pub fn is_true(pod: &Pod, kind: &str) -> bool {
     condition(pod, kind).is_some_and(|(status, _, _)| status == "True")
 }
 
+/// How many pods the Job has.
+pub fn size(job: &Job) -> Option<i32> {
+    job.spec.as_ref()?.completions
+}
+
 /// Whether a condition of the Job is true.
 pub fn job_is(job: &Job, kind: &str) -> bool {
     let conditions = job.status.as_ref().and_then(|status| status.conditions.as_ref());

@@ -3,6 +3,8 @@
 
 #[path = "../../crds/tests/common/mod.rs"]
 mod common;
+#[path = "decide/scaling.rs"]
+mod scaling;
 
 use common::{edit, example};
 use growth_crds::GrowthTrainingJob;
@@ -405,11 +407,28 @@ fn a_queue_that_holds_the_attempt_is_named_and_stops_the_clocks() {
 #[test]
 fn a_rank_that_hangs_while_another_is_done_stalls_the_attempt() {
     let mut world = training(&[]);
-    world.job.status.as_mut().unwrap().stages[0].desired_replicas = Some(2);
+    world.job.status.as_mut().unwrap().replicas = Some(2);
     world.see_pod("train", Some("small"), 1, json!({"phase": "Succeeded"}));
     world.step();
     let plan = world.after(1801);
     assert_eq!(deletes(&plan), ["tiny-small-t1"]);
+    assert_eq!(world.condition("Progressing").1, "Stalled");
+}
+
+/// Found by the simulation: the pod that was done was deleted before the other was ready; only the Job knew of it.
+#[test]
+fn a_pod_that_is_done_and_gone_is_not_waited_for() {
+    let mut world = World::new(&[]);
+    world.step();
+    world.succeed("tiny-data--t1", "data", None, 1, &Outcome::finished(None));
+    world.see_job("tiny-small-t1", &[]);
+    let job = std::sync::Arc::make_mut(world.observed.jobs.last_mut().unwrap());
+    job.spec.get_or_insert_default().completions = Some(2);
+    job.status.as_mut().unwrap().succeeded = Some(1);
+    world.see_pod("train", Some("small"), 1, ready());
+    world.step();
+    assert_eq!(world.phase(), Phase::Training);
+    world.after(1801);
     assert_eq!(world.condition("Progressing").1, "Stalled");
 }
 
@@ -621,6 +640,7 @@ fn every_reason_is_used() {
     let sources = [
         include_str!("../src/decide.rs"),
         include_str!("../src/decide/running.rs"),
+        include_str!("../src/decide/scaling.rs"),
         include_str!("../src/draft.rs"),
         include_str!("../src/apply.rs"),
     ];

@@ -4,7 +4,7 @@
 #[path = "../../crds/tests/common/mod.rs"]
 mod common;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -40,6 +40,16 @@ fn edited(edits: &[Edit]) -> Value {
 
 fn list(items: Vec<Value>) -> String {
     json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string()
+}
+
+/// Files in a folder and below.
+fn count_files(folder: &Path) -> Result<usize> {
+    let entries = std::fs::read_dir(folder)?.collect::<std::io::Result<Vec<_>>>()?;
+    let count = |entry: &std::fs::DirEntry| match entry.file_type()?.is_dir() {
+        true => count_files(&entry.path()),
+        false => Ok(1),
+    };
+    entries.iter().map(count).sum()
 }
 
 /// The API server's refusals of a list of jobs, in its order.
@@ -111,11 +121,15 @@ async fn every_example_is_accepted() -> Result<()> {
         .await
         .in_namespace("examples", async |namespace| {
             let folder: PathBuf = workspace().join("examples");
-            let apply =
-                namespace.kubectl().args(["apply", "--dry-run=server", "--validate=strict", "--filename"]);
+            let apply = namespace.kubectl().args([
+                "apply",
+                "--dry-run=server",
+                "--validate=strict",
+                "--recursive",
+                "--filename",
+            ]);
             let said = apply.args([folder.to_str().unwrap()]).run()?;
-            let files = std::fs::read_dir(folder)?.count();
-            assert_eq!(said.lines().count(), files, "{said}");
+            assert_eq!(said.lines().count(), count_files(&folder)?, "{said}");
             Ok(())
         })
         .await

@@ -6,15 +6,14 @@ mod common;
 
 use anyhow::{Context, Result};
 use common::jobs::{
-    TIMEOUT, expected, final_tensors, is_in, kubectl, kubectl_operator, pod_of, submit, trainer_processes,
-    trains, wait, with_operator,
+    TIMEOUT, ends_as_if_nothing_had_been, is_in, kubectl, kubectl_operator, mend, node_of, own_cluster,
+    pod_of, status, submit, trainer_processes, trains, wait,
 };
 use common::s3;
 use futures::TryStreamExt;
 use growth_crds::GrowthTrainingJob;
 use growth_crds::protocol::CheckpointManifest;
-use growth_crds::status::{GrowthTrainingJobStatus, Phase};
-use growth_tests::cluster::Cluster;
+use growth_crds::status::Phase;
 use growth_tests::s3_proxy::{Fault, FaultKind};
 use growth_tests::testing::{Environment, TestNamespace, within};
 use k8s_openapi::api::batch::v1::Job;
@@ -26,61 +25,11 @@ use object_store::ObjectStore;
 use serde_json::{Value, json};
 use std::time::Duration;
 
-/// These tests share nodes, storage and control plane.
-static CLUSTER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
-
-/// Our own cluster, for one test at a time; in another one nothing can be made to fail.
-async fn own_cluster() -> Option<(Environment, Cluster, tokio::sync::MutexGuard<'static, ()>)> {
-    let one_at_a_time = CLUSTER.lock().await;
-    if let Some(cluster) = &Environment::connect().await.unwrap().cluster {
-        mend(cluster).await.unwrap();
-    }
-    let environment = with_operator().await;
-    let cluster = environment.cluster.clone();
-    if cluster.is_none() {
-        eprintln!("left out: an external cluster cannot be made to fail");
-    }
-    Some((environment, cluster?, one_at_a_time))
-}
-
-/// A test that failed has left things as they were then.
-async fn mend(cluster: &Cluster) -> Result<()> {
-    cluster.set_s3_faults(&[])?;
-    cluster.start_component("kube-apiserver").await?;
-    for number in 1..=cluster.nodes() {
-        cluster.start_node(number).await?;
-        cluster.heal_node(number)?;
-        cluster.set_gpus(number, 0).await?;
-        for line in ["uncordon n{}", "label node n{} pool-", "taint node n{} nvidia.com/gpu-"] {
-            let line = line.replace("{}", &number.to_string());
-            // What is not there cannot be removed, and need not be.
-            let _ = cluster.kubectl().args(line.split(' ')).output()?;
-        }
-    }
-    Ok(())
-}
-
-fn status(job: &GrowthTrainingJob) -> &GrowthTrainingJobStatus {
-    job.status.as_ref().unwrap()
-}
-
 /// The small stage takes more than a minute, for it has little of a processor.
 fn slowly(job: &mut Value) {
     job["spec"]["stages"][0]["template"] =
         json!({"resources": {"requests": {"cpu": "100m"}, "limits": {"cpu": "150m", "memory": "256Mi"}}});
     job["spec"]["checkpoint"]["keepLast"] = json!(1000);
-}
-
-/// Ends Complete, with no restart counted, in the bits of an undisturbed run.
-async fn ends_as_if_nothing_had_been(namespace: &TestNamespace, steps: u64) -> Result<GrowthTrainingJob> {
-    let job = wait(namespace, |job| is_in(job, Phase::Complete)).await?;
-    assert_eq!(status(&job).restarts, None, "{:#?}", status(&job));
-    assert!(final_tensors(namespace, &job).await? == expected(namespace, steps).await?, "other bits");
-    Ok(job)
-}
-
-fn node_of(pod: &Pod) -> Option<&str> {
-    pod.spec.as_ref()?.node_name.as_deref()
 }
 
 /// When Kubernetes noticed that the node does not answer.

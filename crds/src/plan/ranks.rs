@@ -127,6 +127,7 @@ mod tests {
             max_replicas: 8,
             allowed_replicas: None,
             scale_up_delay_seconds: None,
+            capacity_timeout_seconds: None,
         };
         assert_eq!(elastic_sizes(&elastic, 8, true), [2, 4, 8]);
         elastic.allowed_replicas = Some(vec![4, 8]);

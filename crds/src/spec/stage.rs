@@ -151,6 +151,11 @@ pub struct ElasticSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 0, max = 604800))]
     pub scale_up_delay_seconds: Option<i32>,
+    /// Seconds that some pods may lack a node before the stage goes on with the largest size for which there are nodes;
+    /// more than an autoscaler takes to add one. Default: 60.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0, max = 604800))]
+    pub capacity_timeout_seconds: Option<i32>,
 }
 
 /// What a stage trains differently from the job. What is left out is taken from spec.training.

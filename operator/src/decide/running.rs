@@ -1,11 +1,12 @@
 //! An attempt runs: what is told of it, and its deadlines.
 
+use super::scaling::{Gang, resize};
 use super::{keep_checkpoint, phase_of_start, restart, stop_all};
 use crate::draft::Draft;
 use crate::failure::Failure;
 use crate::names::Work;
 use crate::observed::{
-    Observed, UNREACHABLE_SECONDS, condition, is_true, phase, trainer_status, unreachable_since,
+    Observed, UNREACHABLE_SECONDS, condition, is_true, phase, size, trainer_status, unreachable_since,
 };
 use growth_crds::conditions::{ConditionType, Reason};
 use growth_crds::plan::{JobPlan, StagePlan};
@@ -30,18 +31,29 @@ pub(super) fn run(
     job: &Job,
     pods: &[&Pod],
 ) {
-    let desired = replicas_of(draft, work);
+    let desired = size(job).or(draft.status.replicas).unwrap_or(1);
+    draft.status.replicas = Some(desired);
     let count = |holds: &dyn Fn(&Pod) -> bool| {
         i32::try_from(pods.iter().filter(|pod| holds(pod)).count()).unwrap_or(i32::MAX)
     };
     let ready = count(&|pod| is_at_work(pod, work));
-    // A rank may be done before another is ready.
-    let started = ready + count(&|pod| phase(pod) == "Succeeded");
+    // A rank may be done before another is ready, and its pod deleted.
+    let done = job.status.as_ref().and_then(|status| status.succeeded).unwrap_or(0);
+    let started = ready + done.max(count(&|pod| phase(pod) == "Succeeded"));
     if let Some(index) = work.stage() {
         draft.stage_mut(index).ready_replicas = Some(ready);
     }
     draft.status.ready_replicas = Some(ready);
-    if job.spec.as_ref().is_some_and(|spec| spec.suspend == Some(true)) {
+    let was_ready = draft.attempt(work).is_some_and(|attempt| attempt.ready_time.is_some());
+    let is_held = job.spec.as_ref().is_some_and(|spec| spec.suspend == Some(true));
+    let is_starting = is_held || (started < desired && !was_ready);
+    if let Work::Train(index) = work
+        && is_starting
+        && let Some(failure) = resize(draft, plan, &Gang { index, size: desired, pods, is_ready: false })
+    {
+        return restart(draft, observed, plan, work, failure);
+    }
+    if is_held {
         return wait_for_quota(draft, work);
     }
     if let Some(since) = pods.iter().filter_map(|pod| unreachable_since(pod)).min() {
@@ -49,8 +61,7 @@ pub(super) fn run(
     }
     let scheduled = tell_scheduling(draft, pods, desired);
     let now = Time(draft.now);
-    let was_ready = draft.attempt(work).is_some_and(|attempt| attempt.ready_time.is_some());
-    if started < desired && !was_ready {
+    if is_starting {
         draft.phase(if scheduled || work == Work::Data { phase_of_start(work) } else { Phase::Queued });
         tell_starting(draft, pods);
         return watch_startup_deadline(draft, observed, job);
@@ -71,7 +82,9 @@ pub(super) fn run(
             draft.set(ConditionType::Running, Reason::TransformRunning, "the model is being grown");
             draft.phase(Phase::Transforming);
         }
-        Work::Train(index) => train(draft, observed, plan, index),
+        Work::Train(index) => {
+            train(draft, observed, plan, &Gang { index, size: desired, pods, is_ready: true });
+        }
     }
 }
 
@@ -90,14 +103,6 @@ fn wait_for_quota(draft: &mut Draft<'_>, work: Work) {
     draft.set(ConditionType::PodsScheduled, reason, message);
     draft.set(ConditionType::Running, Reason::PodsStarting, "waits for the queue");
     draft.phase(Phase::Queued);
-}
-
-fn replicas_of(draft: &Draft<'_>, work: Work) -> i32 {
-    let stage = work.stage().and_then(|index| draft.status.stages.get(index));
-    match work {
-        Work::Train(_) => stage.and_then(|stage| stage.desired_replicas).unwrap_or(1),
-        Work::Data | Work::Transform(_) => 1,
-    }
 }
 
 /// Trainers say that they are ready; the others just run.
@@ -167,7 +172,8 @@ fn watch_startup_deadline(draft: &mut Draft<'_>, observed: &Observed, job: &Job)
     draft.fail(Reason::StartupDeadlineExceeded, message);
 }
 
-fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, index: usize) {
+fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, gang: &Gang<'_>) {
+    let index = gang.index;
     let work = Work::Train(index);
     let attempt = draft.attempt(work).cloned().unwrap_or_default();
     draft.set(ConditionType::Running, Reason::TrainersReady, "all trainers are ready");
@@ -200,6 +206,9 @@ fn train(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, index: usiz
             draft.set(ConditionType::Progressing, Reason::NotReported, "the trainer has not reported yet");
         }
         None => {}
+    }
+    if !has_all_tokens && let Some(failure) = resize(draft, plan, gang) {
+        restart(draft, observed, plan, work, failure);
     }
 }
 

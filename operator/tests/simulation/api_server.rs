@@ -3,7 +3,9 @@
 
 use bytes::Bytes;
 use growth_crds::GrowthTrainingJob;
-use growth_crds::status::{Phase, StageState};
+use growth_crds::plan::ranks::elastic_sizes;
+use growth_crds::status::{Phase, StageState, StageStatus};
+use growth_operator::observed::size;
 use http::{Method, Response};
 use k8s_openapi::api::batch::v1::Job;
 use k8s_openapi::api::core::v1::{Pod, Service};
@@ -184,6 +186,10 @@ impl ApiServer {
             broken.push("the clock of the deadline went back".to_owned());
         }
         for (old, new) in before.stages.iter().zip(&after.stages) {
+            let step = |stage: &StageStatus| stage.checkpoint.as_ref().map_or(0, |one| one.step);
+            if step(new) < step(old) {
+                broken.push(format!("stage {} has lost a checkpoint", old.name));
+            }
             if old.state == StageState::Complete && new.state != StageState::Complete {
                 broken.push(format!("stage {} was complete", old.name));
             }
@@ -236,6 +242,14 @@ impl ApiServer {
             // Its owner was deleted meanwhile; the garbage collector takes it.
             return;
         };
+        let stage =
+            job.labels().get("growth.dev/stage").filter(|_| job.labels()["growth.dev/work"] == "train");
+        let stage = stage.and_then(|name| stored.spec.stages.iter().find(|stage| &stage.name == name));
+        let elastic = stage.and_then(|stage| stage.elastic.as_ref());
+        let sizes = elastic.map_or(vec![1], |elastic| elastic_sizes(elastic, 4, true));
+        if !size(job).is_some_and(|size| sizes.contains(&size)) {
+            self.broken.push(format!("Job {name} has {:?} pods, which may be {sizes:?}", size(job)));
+        }
         let status = stored.status.clone().unwrap_or_default();
         let stages = status
             .stages

@@ -3,9 +3,9 @@
 
 use crate::api_server::ApiServer;
 use crate::world::timestamp;
-use growth_crds::protocol::{Outcome, Progress};
+use growth_crds::protocol::{Outcome, Progress, contract};
 use growth_crds::status::CheckpointStatus;
-use growth_operator::observed::{has_ended, is_finished, is_true, job_is, phase};
+use growth_operator::observed::{has_ended, is_finished, is_true, job_is, phase, size};
 use k8s_openapi::api::batch::v1::JobCondition;
 use k8s_openapi::api::core::v1::{Pod, PodCondition, PodSpec};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{ObjectMeta, Time};
@@ -36,7 +36,12 @@ pub enum NodeState {
 struct Node {
     state: NodeState,
     since: i64,
+    /// Pods that it has room for.
+    slots: usize,
 }
+
+/// More than anybody asks for.
+pub const PLENTY: usize = 100;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Task {
@@ -53,6 +58,8 @@ pub struct Process {
     task: Task,
     attempt: i32,
     rank: i32,
+    /// Ranks of its gang.
+    size: usize,
     step: u64,
     stepped_at: i64,
     started_at: i64,
@@ -116,20 +123,23 @@ pub struct Kubernetes {
     ends: BTreeMap<String, Vec<(i32, i32, String)>>,
     /// What the Job controller has counted of pods that may be gone by now, by the Job's uid.
     counted: BTreeMap<String, Count>,
-    /// Containers that ended badly: what may count as a restart, at most.
+    /// Containers that ended badly, and not because a peer had: what may count as a restart, at most.
     pub bad_ends: i32,
+    /// The second stage makes no last step.
+    pub is_held: bool,
     next_node: usize,
 }
 
 impl Default for Kubernetes {
     fn default() -> Self {
         Kubernetes {
-            nodes: [Node { state: NodeState::Up, since: 0 }; NODES],
+            nodes: [Node { state: NodeState::Up, since: 0, slots: PLENTY }; NODES],
             processes: BTreeMap::new(),
             bucket: Bucket::default(),
             ends: BTreeMap::new(),
             counted: BTreeMap::new(),
             bad_ends: 0,
+            is_held: false,
             next_node: 0,
         }
     }
@@ -170,6 +180,7 @@ pub fn delete_pod(api: &mut ApiServer, name: &str) {
     }
     api.update_pod(name, |pod| {
         pod.metadata.deletion_timestamp.get_or_insert(Time(timestamp(now + GRACE_SECONDS)));
+        pod.metadata.deletion_grace_period_seconds = Some(GRACE_SECONDS);
     });
 }
 
@@ -181,7 +192,18 @@ impl Kubernetes {
             let names: Vec<String> = names.map(|(name, _)| name.clone()).collect();
             names.iter().for_each(|name| self.end(name, 137, ""));
         }
-        self.nodes[node] = Node { state, since: api.now };
+        self.nodes[node] = Node { state, since: api.now, ..self.nodes[node] };
+    }
+
+    /// Others take or give back what a node has. What runs there runs on.
+    pub fn set_slots(&mut self, node: usize, slots: usize) {
+        self.nodes[node].slots = slots;
+    }
+
+    fn has_room(&self, api: &ApiServer, node: usize) -> bool {
+        let pods = api.pods.objects.values();
+        let held = pods.filter(|pod| node_of(pod) == Some(node) && !has_ended(pod)).count();
+        self.is_up(node) && held < self.nodes[node].slots
     }
 
     pub fn is_up(&self, node: usize) -> bool {
@@ -281,6 +303,8 @@ impl Kubernetes {
         }
         let replicas = job.spec.as_ref().and_then(|spec| spec.completions).unwrap_or(1);
         let Count { succeeded, failure } = self.counted.entry(uid.clone()).or_default().clone();
+        let done = i32::try_from(succeeded.len()).unwrap();
+        api.update_job(name, |job| job.status.get_or_insert_default().succeeded = Some(done));
         if let Some(reason) = failure {
             add_condition(api, name, "FailureTarget", reason);
             let alive: Vec<_> = pods.iter().filter(|pod| !has_ended(pod)).collect();
@@ -290,7 +314,7 @@ impl Kubernetes {
             }
             return;
         }
-        if i32::try_from(succeeded.len()).unwrap() == replicas {
+        if done == replicas {
             add_condition(api, name, "SuccessCriteriaMet", "CompletionsReached");
             add_condition(api, name, "Complete", "CompletionsReached");
             return;
@@ -345,8 +369,9 @@ impl Kubernetes {
             .map(|pod| pod.name_any())
             .collect();
         for name in waiting {
-            let node =
-                (0..NODES).map(|offset| (self.next_node + offset) % NODES).find(|node| self.is_up(*node));
+            let node = (0..NODES)
+                .map(|offset| (self.next_node + offset) % NODES)
+                .find(|node| self.has_room(api, *node));
             self.next_node += 1;
             api.update_pod(&name, |pod| match node {
                 Some(node) => {
@@ -432,7 +457,7 @@ impl Kubernetes {
 
     fn report_end(&mut self, api: &mut ApiServer, name: &str, code: i32, message: &str) {
         let now = api.now;
-        if code != 0 {
+        if code != 0 && code != i32::from(contract::EXIT_PEER_LOST) {
             self.bad_ends += 1;
         }
         let state = json!({"terminated": {
@@ -481,9 +506,13 @@ impl Kubernetes {
             Task::Train(stage) => folder(stage).newest().unwrap_or(0),
             _ => 0,
         };
+        let job_uid = pod.owner_references()[0].uid.clone();
+        let job = api.jobs.objects.values().find(|job| job.uid().as_ref() == Some(&job_uid));
+        let size = job.and_then(|job| size(job)).unwrap_or(1);
         Process {
             node,
-            job_uid: pod.owner_references()[0].uid.clone(),
+            job_uid,
+            size: usize::try_from(size).unwrap(),
             task,
             attempt: labels["growth.dev/attempt"].parse().unwrap(),
             rank: labels["batch.kubernetes.io/job-completion-index"].parse().unwrap(),
@@ -549,18 +578,30 @@ impl Kubernetes {
         let gang = self.processes.values().filter(|other| other.job_uid == process.job_uid);
         let ended = self.ends.get(&process.job_uid).into_iter().flatten();
         if ended.clone().any(|(_, code, _)| *code != 0) {
-            return Some((1, Outcome::failed("a peer is lost")));
+            return Some((i32::from(contract::EXIT_PEER_LOST), Outcome::failed("a peer is lost")));
         }
-        if process.rank > 0 {
-            let (_, _, message) = ended.clone().find(|(rank, ..)| *rank == 0)?;
+        let of_leader = ended.clone().find(|(rank, ..)| *rank == 0);
+        if let Some((_, _, message)) = of_leader {
             return Some((0, Outcome::parse(message)?));
         }
-        let stops = gang.clone().any(|peer| peer.asked_to_stop);
-        let step = if stops { process.step } else { (process.step + 1).min(STEPS) };
+        let ranks: BTreeSet<i32> =
+            gang.clone().map(|peer| peer.rank).chain(ended.map(|(rank, ..)| *rank)).collect();
+        // Only one that was asked to stop ends before rank 0 does.
+        let stops = gang.clone().any(|peer| peer.asked_to_stop) || self.ends.contains_key(&process.job_uid);
+        if ranks.len() < process.size {
+            // They still look for each other.
+            return stops.then(|| (0, Outcome::stopped(checkpoint(stage, process.step))));
+        }
+        if process.rank > 0 {
+            return None;
+        }
+        let last = if self.is_held && stage == 1 { STEPS - 1 } else { STEPS };
+        let step = if stops { process.step } else { (process.step + 1).min(last).max(process.step) };
+        let is_new = step > process.step;
         let me = self.processes.get_mut(name).unwrap();
         (me.step, me.stepped_at) = (step, now);
         let is_last = step == STEPS;
-        if !(stops || is_last || step.is_multiple_of(2)) {
+        if !(stops || is_last || (is_new && step.is_multiple_of(2))) {
             return None;
         }
         if !self.bucket.stages.entry(stage).or_default().commit(process.attempt, step) {

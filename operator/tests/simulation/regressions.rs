@@ -1,12 +1,15 @@
 //! Stories that once ended badly, as the simulation told them.
 
+use crate::kubernetes::NodeState;
 use crate::tell;
 use crate::world::Action::{
-    AppendStage, Calm, DeleteJob, HangContainer, KillContainer, Recreate, Resize, Suspend,
+    AppendStage, Calm, DeleteJob, DeletePod, HangContainer, KillContainer, Node, Recreate, Resize, Slots,
+    Suspend,
 };
 use crate::world::{Action, Setting};
 
-const ALONE: Setting = Setting { operators: 1, large_replicas: 1, max_restarts: 1000, ttl: None };
+const ALONE: Setting =
+    Setting { operators: 1, large_replicas: 1, least_replicas: 1, max_restarts: 1000, ttl: None };
 const GANG: Setting = Setting { large_replicas: 2, ..ALONE };
 
 fn ends_well(setting: &Setting, story: &[Action]) {
@@ -68,6 +71,23 @@ fn a_rank_that_hangs_before_it_is_ready() {
         Suspend(true),
         Action::Work(2),
         Action::Finish(0),
+    ];
+    ends_well(&GANG, &story);
+}
+
+/// Two of four pods had a node and looked for the others; one was deleted and ended well, and only the Job knew of it.
+#[test]
+fn a_rank_that_hangs_while_another_is_done_and_gone() {
+    let story = [
+        Resize(4),
+        Slots(0, 1),
+        Slots(2, 2),
+        Node(1, NodeState::Down),
+        Calm(10),
+        Calm(5),
+        HangContainer(4_290_539_912_770_418_457),
+        DeletePod(7_582_249_795_622_557_366),
+        Calm(2),
     ];
     ends_well(&GANG, &story);
 }

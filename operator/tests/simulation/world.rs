@@ -1,11 +1,11 @@
 //! The world that the operator lives in, the things that can happen in it, and what must hold at every step and in the end.
 
 use crate::api_server::{ApiServer, response};
-use crate::kubernetes::{Kubernetes, NODES, NodeState, delete_pod};
+use crate::kubernetes::{Kubernetes, NODES, NodeState, PLENTY, delete_pod};
 use crate::operator::{Call, Operator};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::conditions::Reason;
-use growth_crds::status::Phase;
+use growth_crds::status::{Phase, StageState};
 use growth_operator::decide::job_to_ask;
 use growth_operator::observed::Observed;
 use jiff::Timestamp;
@@ -64,6 +64,8 @@ pub enum Action {
     Work(usize),
     Tick(u16),
     Node(usize, NodeState),
+    /// A node has room for so many pods.
+    Slots(usize, usize),
     /// A container ends badly: out of memory, a bug.
     KillContainer(usize),
     /// A container stops working.
@@ -87,15 +89,25 @@ pub enum Action {
 #[derive(Debug, Clone)]
 pub struct Setting {
     pub operators: usize,
+    /// Of the large stage: one is a fixed size, more are elastic.
     pub large_replicas: i32,
+    /// Fewest pods of an elastic one.
+    pub least_replicas: i32,
     pub max_restarts: i32,
     pub ttl: Option<i64>,
 }
 
 pub fn settings(operators: usize) -> impl Strategy<Value = Setting> {
     let ttl = prop_oneof![3 => Just(None), 1 => Just(Some(5_i64))];
-    (1..3_i32, prop_oneof![4 => Just(1000), 1 => Just(2)], ttl).prop_map(
-        move |(large_replicas, max_restarts, ttl)| Setting { operators, large_replicas, max_restarts, ttl },
+    let large = prop_oneof![1 => Just(1), 1 => Just(2), 2 => Just(4)];
+    (large, 1..3_i32, prop_oneof![4 => Just(1000), 1 => Just(2)], ttl).prop_map(
+        move |(large_replicas, least_replicas, max_restarts, ttl)| Setting {
+            operators,
+            large_replicas,
+            least_replicas,
+            max_restarts,
+            ttl,
+        },
     )
 }
 
@@ -127,13 +139,14 @@ pub fn actions(operators: usize) -> impl Strategy<Value = Action> {
         5 => (1..40_u16).prop_map(Action::Tick),
         1 => (300..2000_u16).prop_map(Action::Tick),
         2 => (0..NODES, node).prop_map(|(node, state)| Action::Node(node, state)),
+        3 => (0..NODES, 0..4_usize).prop_map(|(node, slots)| Action::Slots(node, slots)),
         2 => any::<usize>().prop_map(Action::KillContainer),
         1 => any::<usize>().prop_map(Action::HangContainer),
         1 => any::<usize>().prop_map(Action::Evict),
         1 => any::<usize>().prop_map(Action::DeletePod),
         1 => any::<usize>().prop_map(Action::DeleteJob),
         2 => any::<bool>().prop_map(Action::Suspend),
-        1 => (1..4_u8).prop_map(Action::Resize),
+        3 => (1..6_u8).prop_map(Action::Resize),
         1 => Just(Action::AppendStage),
         1 => Just(Action::Recreate),
         6 => (1..12_u8).prop_map(Action::Calm),
@@ -147,9 +160,13 @@ fn manifest(setting: &Setting) -> GrowthTrainingJob {
         1 => json!({"name": "large", "growth": {"operator": "Stack", "factor": 4}, "tokens": 4_194_304}),
         _ => json!({
             "name": "large", "growth": {"operator": "Stack", "factor": 4}, "tokens": 4_194_304,
-            "elastic": {"minReplicas": 1, "maxReplicas": 3},
+            "elastic": {
+                "minReplicas": setting.least_replicas, "maxReplicas": 4, "scaleUpDelaySeconds": 30,
+            },
         }),
     };
+    // Four micro-batches.
+    crate::common::edit(&mut object, "/spec/training/microBatchTokens", &json!(1024));
     crate::common::edit(&mut object, "/spec/stages/1", &large);
     crate::common::edit(&mut object, "/spec/replicas", &json!(setting.large_replicas));
     crate::common::edit(&mut object, "/spec/failurePolicy/maxRestarts", &json!(setting.max_restarts));
@@ -227,6 +244,7 @@ impl World {
             Action::Work(node) => self.kubernetes.work(&self.api, *node),
             Action::Tick(seconds) => self.api.now += i64::from(*seconds),
             Action::Node(node, state) => self.kubernetes.set_node(&self.api, *node, *state),
+            Action::Slots(node, slots) => self.kubernetes.set_slots(*node, *slots),
             Action::KillContainer(which) => {
                 if let Some(name) = self.container(*which) {
                     self.kubernetes.end(&name, 137, "");
@@ -478,9 +496,23 @@ impl World {
         Ok(())
     }
 
-    /// Misfortunes end, and time goes on: the job must come to its end, and then be at rest.
+    /// The large stage has as many pods as are asked for.
+    fn has_wanted_size(&self) -> bool {
+        let Some(job) = self.job() else { return false };
+        let Some(status) = &job.status else { return false };
+        let is_training = status.phase == Some(Phase::Training)
+            && status.stages.get(1).is_some_and(|stage| stage.state == StageState::Training);
+        let asked = job.spec.replicas.max(self.setting.least_replicas);
+        let wanted = [4, 2, 1].into_iter().find(|size| *size <= asked);
+        is_training && status.replicas == wanted && status.ready_replicas == wanted
+    }
+
+    /// Misfortunes end, and time goes on: the large stage must have the size that is wanted, the job must come to its end,
+    /// and then be at rest.
     pub async fn come_to_an_end(&mut self) -> Result<(), TestCaseError> {
+        self.kubernetes.is_held = self.setting.large_replicas > 1;
         for node in 0..NODES {
+            self.kubernetes.set_slots(node, PLENTY);
             if !self.kubernetes.is_up(node) {
                 self.kubernetes.set_node(&self.api, node, NodeState::Up);
             }
@@ -497,6 +529,7 @@ impl World {
                 "not at an end after {round} rounds: {:#?}",
                 self.job().map(|job| &job.status)
             );
+            self.kubernetes.is_held &= !self.has_wanted_size();
             self.round(if round < 100 { 3 } else { 20 }).await?;
         }
         let status = self.job().unwrap().status.clone().unwrap();

@@ -3,7 +3,8 @@
 use super::{job, newest_checkpoint, tensors, trainer, upload_corpus, write};
 use anyhow::{Context, Result};
 use growth_crds::GrowthTrainingJob;
-use growth_crds::status::{Phase, StageState};
+use growth_crds::status::{GrowthTrainingJobStatus, Phase, StageState};
+use growth_tests::cluster::Cluster;
 use growth_tests::cluster::command::output;
 use growth_tests::testing::{Environment, TestNamespace};
 use growth_tests::{images, workspace};
@@ -17,6 +18,9 @@ use std::time::Duration;
 
 pub const TIMEOUT: Duration = Duration::from_secs(180);
 pub const OPERATOR_NAMESPACE: &str = "growth-system";
+
+/// The APIService that a test registers.
+pub const EXTERNAL_METRICS: &str = "v1beta1.external.metrics.k8s.io";
 
 /// The cluster with the chart installed and the images of this work tree. Once for all tests of this program.
 pub async fn with_operator() -> Environment {
@@ -75,9 +79,19 @@ pub fn two_stages(environment: &Environment, prefix: &str, runs: &str, endpoint:
 
 /// The bits of the last checkpoint of an undisturbed run on this machine.
 pub async fn expected(namespace: &TestNamespace, steps: u64) -> Result<BTreeMap<String, Vec<u8>>> {
+    expected_of(namespace, steps, |_| ()).await
+}
+
+/// The same of the job after `change`.
+pub async fn expected_of(
+    namespace: &TestNamespace,
+    steps: u64,
+    change: impl FnOnce(&mut Value),
+) -> Result<BTreeMap<String, Vec<u8>>> {
     let environment = &namespace.environment;
     let folder = tempfile::tempdir()?;
-    let job = two_stages(environment, &namespace.name, "local", &environment.s3.endpoint, steps);
+    let mut job = two_stages(environment, &namespace.name, "local", &environment.s3.endpoint, steps);
+    change(&mut job);
     let file = write(folder.path(), "job.json", &job);
     trainer(environment, &["run", file.to_str().unwrap(), "--quiet"])?;
     let tensors = tensors(environment, &newest_checkpoint(namespace, "local", "large").await?).await?;
@@ -171,6 +185,58 @@ pub fn trainer_processes(pod: &Pod) -> Result<Vec<String>> {
 pub fn kill_trainer(pod: &Pod) -> Result<()> {
     for process in trainer_processes(pod)? {
         output(Command::new("kill").args(["-KILL", &process]))?;
+    }
+    Ok(())
+}
+
+pub fn status(job: &GrowthTrainingJob) -> &GrowthTrainingJobStatus {
+    job.status.as_ref().unwrap()
+}
+
+/// Ends Complete, with no restart counted, in the bits of an undisturbed run.
+pub async fn ends_as_if_nothing_had_been(namespace: &TestNamespace, steps: u64) -> Result<GrowthTrainingJob> {
+    let job = wait(namespace, |job| is_in(job, Phase::Complete)).await?;
+    assert_eq!(status(&job).restarts, None, "{:#?}", status(&job));
+    assert!(final_tensors(namespace, &job).await? == expected(namespace, steps).await?, "other bits");
+    Ok(job)
+}
+
+pub fn node_of(pod: &Pod) -> Option<&str> {
+    pod.spec.as_ref()?.node_name.as_deref()
+}
+
+/// These tests share nodes, storage and control plane.
+static CLUSTER: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
+/// Our own cluster, for one test at a time; in another one nothing can be made to fail.
+pub async fn own_cluster() -> Option<(Environment, Cluster, tokio::sync::MutexGuard<'static, ()>)> {
+    let one_at_a_time = CLUSTER.lock().await;
+    if let Some(cluster) = &Environment::connect().await.unwrap().cluster {
+        mend(cluster).await.unwrap();
+    }
+    let environment = with_operator().await;
+    let cluster = environment.cluster.clone();
+    if cluster.is_none() {
+        eprintln!("left out: an external cluster cannot be made to fail");
+    }
+    Some((environment, cluster?, one_at_a_time))
+}
+
+/// A test that failed has left things as they were then.
+pub async fn mend(cluster: &Cluster) -> Result<()> {
+    cluster.set_s3_faults(&[])?;
+    cluster.start_component("kube-apiserver").await?;
+    // While nobody serves it, namespaces cannot be deleted.
+    let _ = cluster.kubectl().args(["delete", "apiservice", EXTERNAL_METRICS]).output()?;
+    for number in 1..=cluster.nodes() {
+        cluster.start_node(number).await?;
+        cluster.heal_node(number)?;
+        cluster.set_gpus(number, 0).await?;
+        for line in ["uncordon n{}", "label node n{} pool-", "taint node n{} nvidia.com/gpu-"] {
+            let line = line.replace("{}", &number.to_string());
+            // What is not there cannot be removed, and need not be.
+            let _ = cluster.kubectl().args(line.split(' ')).output()?;
+        }
     }
     Ok(())
 }
