@@ -127,6 +127,7 @@ async fn with_job(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: a minute or two"]
 async fn four_pods_on_two_nodes_have_the_bits_of_one_machine() -> Result<()> {
     let Some((environment, _, _alone)) = own_cluster().await else { return Ok(()) };
     let test = async |namespace: &TestNamespace, job| {
@@ -168,6 +169,7 @@ async fn a_stage_is_scaled_down_and_up_while_it_trains() -> Result<()> {
 
 /// Each pod needs a GPU, and there are two.
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: a minute or two"]
 async fn a_stage_goes_on_with_the_nodes_that_there_are() -> Result<()> {
     let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };
     set_gpus(&cluster, 1).await?;
@@ -203,6 +205,7 @@ async fn set_gpus(cluster: &Cluster, each: u32) -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: a minute or two"]
 async fn a_node_is_lost_under_a_gang() -> Result<()> {
     let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };
     let test = async |namespace: &TestNamespace, job| {
@@ -238,6 +241,7 @@ async fn a_rank_is_killed() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: a minute or two"]
 async fn an_autoscaler_drives_a_stage() -> Result<()> {
     let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };
     let slots = Arc::new(AtomicU32::new(1));

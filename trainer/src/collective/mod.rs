@@ -161,4 +161,7 @@ fn nobody(rank: usize) -> CollectiveError {
 }
 
 #[cfg(test)]
+pub(crate) mod testing;
+
+#[cfg(test)]
 mod tests;

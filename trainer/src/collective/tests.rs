@@ -1,6 +1,7 @@
 //! Ranks as threads of one process, over real sockets.
 #![allow(clippy::unwrap_used)]
 
+use super::testing::{group, join, leader, together};
 use super::*;
 use crate::ops::gradient::GradientTree;
 use crate::ops::testing::uniform;
@@ -8,50 +9,6 @@ use proptest::prelude::*;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::time::Instant;
-
-fn group(rank: usize, world_size: usize, leader: &str, secret: &Secret) -> Group {
-    Group {
-        rank,
-        world_size,
-        leader: leader.to_owned(),
-        identity: Identity("job/stage/1".to_owned()),
-        secret: secret.clone(),
-        patience: Duration::from_secs(30),
-        part_bytes: 1 << 20,
-    }
-}
-
-fn leader() -> (TcpListener, String) {
-    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-    let address = listener.local_addr().unwrap().to_string();
-    (listener, address)
-}
-
-fn join(group: &Group, listener: Option<TcpListener>) -> Result<Mesh> {
-    meet(group, listener, &|_| (), &|| None)
-}
-
-/// Runs `work` on every rank of a world; results by rank.
-fn together<T: Send>(world: usize, work: impl Fn(&mut Mesh) -> T + Sync) -> Vec<T> {
-    let (listener, address) = leader();
-    let secret = Secret::random().unwrap();
-    let mut listener = Some(listener);
-    std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..world)
-            .map(|rank| {
-                let (group, listener) = (group(rank, world, &address, &secret), listener.take());
-                let work = &work;
-                scope.spawn(move || {
-                    let mut mesh = join(&group, listener.filter(|_| rank == 0)).unwrap();
-                    let result = work(&mut mesh);
-                    mesh.leave(None);
-                    result
-                })
-            })
-            .collect();
-        ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
-    })
-}
 
 /// `len` elements in `world` slices, uneven where they must be.
 fn slices(len: usize, world: usize) -> Vec<Range<usize>> {
@@ -71,7 +28,7 @@ fn sums_are_the_tree_over_ranks_and_reach_everybody() {
         leaf.copy_from_slice(&uniform(world as u64 - 1, len));
         waiting.add_to(leaf, 0..len);
         let expected = tree.finish().to_vec();
-        let sums = together(world, |mesh| {
+        let sums = together(world, |mesh: &mut dyn Collective| {
             let mut first = uniform(mesh.rank() as u64, len);
             let mut second = first.clone();
             mesh.start_reduce_scatter(&first, &slices).unwrap();
@@ -92,7 +49,7 @@ fn sums_are_the_tree_over_ranks_and_reach_everybody() {
 #[test]
 fn messages_of_any_length_arrive_in_order() {
     let lengths = [0, 1, (1 << 18) - 1, 1 << 18, 600_000];
-    together(3, |mesh| {
+    together(3, |mesh: &mut dyn Collective| {
         for length in lengths {
             let all = mesh.exchange(&vec![mesh.rank() as u8; length]).unwrap();
             assert!(all.iter().enumerate().all(|(rank, message)| *message == vec![rank as u8; length]));
@@ -112,7 +69,7 @@ fn messages_of_any_length_arrive_in_order() {
 
 #[test]
 fn a_rank_that_ends_ends_the_others_with_its_own_words() {
-    let results = together(3, |mesh| {
+    let results = together(3, |mesh: &mut dyn Collective| {
         if mesh.rank() == 1 {
             mesh.leave(Some("the disk is full"));
             return "left".to_owned();
@@ -131,7 +88,7 @@ fn a_rank_that_ends_ends_the_others_with_its_own_words() {
 
 #[test]
 fn a_rank_that_does_something_else_is_named() {
-    let results = together(2, |mesh| match mesh.rank() {
+    let results = together(2, |mesh: &mut dyn Collective| match mesh.rank() {
         0 => mesh.exchange(&[]).map(drop),
         _ => mesh.send(0, &[1.0]).and_then(|()| mesh.exchange(&[]).map(drop)),
     });

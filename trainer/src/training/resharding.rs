@@ -236,3 +236,104 @@ fn scatter(
 fn unreadable(rank: usize, error: &serde_json::Error) -> ReshardError {
     CollectiveError::Protocol { rank, problem: error.to_string() }.into()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use crate::checkpoint::testing::{config, location, state, storage};
+    use crate::checkpoint::{AsyncCheckpointer, CheckpointWriter, Retention, TokenIds};
+    use crate::collective::testing::together;
+
+    /// What rank `rank` of `world_size` holds of a whole state.
+    fn part_of(
+        whole: &TrainingState,
+        layout: &ParameterLayout,
+        rank: usize,
+        world_size: usize,
+    ) -> TrainingState {
+        let shards = Shards::new(layout, rank, world_size);
+        let own = |vector: &[f32]| -> Vec<f32> {
+            let slices = shards.buckets().iter().map(|bucket| &vector[bucket.slices[rank].clone()]);
+            slices.collect::<Vec<_>>().concat()
+        };
+        let (exp_avg, exp_avg_sq) = (own(&whole.exp_avg), own(&whole.exp_avg_sq));
+        TrainingState { exp_avg, exp_avg_sq, ..whole.clone() }
+    }
+
+    #[test]
+    fn what_some_ranks_write_together_any_other_number_reads() {
+        let config = growth_crds::plan::ModelConfig { hidden_size: 40, ..config(3, false) };
+        let layout = ParameterLayout::new(&config);
+        let (_folder, storage) = storage();
+        let mut digests = Vec::new();
+        for (attempt, world_size) in [(1, 1), (2, 2), (3, 3), (4, 5)] {
+            let whole = state(&layout, u64::from(attempt));
+            let written = together(world_size, |collective| {
+                let rank = collective.rank();
+                let mine = part_of(&whole, &layout, rank, world_size);
+                let shards = Shards::new(&layout, rank, world_size);
+                let place = location(&storage, "small", attempt);
+                let mut writer =
+                    CheckpointWriter::new(place, config.clone(), TokenIds::default(), Vec::new());
+                writer.shard_bytes = 6000;
+                let table = writer.table();
+                assert!(table.len() > 5 * 2, "every rank has something to write");
+                let retention = Retention { keep_last: 1, ..Retention::default() };
+                let notes = collective.notes();
+                let mut checkpointer = AsyncCheckpointer::start(writer, retention, None, notes).unwrap();
+                let submitted = checkpointer.submit(Vec::new(), |snapshot| {
+                    fill(snapshot, &mine, &table, &layout, &shards, collective)
+                });
+                assert!(submitted.unwrap().is_none());
+                checkpointer.finish().unwrap().unwrap().manifest
+            });
+            assert!(written.iter().all(|manifest| *manifest == written[0]));
+            for readers in [1, 2, 4] {
+                let parts = together(readers, |collective| {
+                    let shards = Shards::new(&layout, collective.rank(), readers);
+                    let name = ("job", "small");
+                    resume(&storage, name, &layout, &shards, collective, &mut |problem| panic!("{problem}"))
+                        .unwrap()
+                        .unwrap()
+                });
+                for (rank, (manifest, read)) in parts.into_iter().enumerate() {
+                    assert_eq!(manifest, written[0]);
+                    assert!(read == part_of(&whole, &layout, rank, readers), "{world_size} to {readers}");
+                }
+            }
+            digests.push((written[0].step, written[0].digest.clone()));
+        }
+        // The same state has the same digest, whoever wrote it.
+        let whole = state(&layout, 4);
+        let mut alone =
+            CheckpointWriter::new(location(&storage, "alone", 1), config, TokenIds::default(), Vec::new());
+        alone.shard_bytes = 6000;
+        assert_eq!(digests[3], (4, alone.write(&whole, &[]).unwrap().digest));
+    }
+
+    #[test]
+    fn ranks_skip_a_checkpoint_that_one_of_them_finds_damaged() {
+        let config = config(2, true);
+        let layout = ParameterLayout::new(&config);
+        let (_folder, storage) = storage();
+        for step in [1, 2] {
+            let place = location(&storage, "small", 1);
+            let writer = CheckpointWriter::new(place, config.clone(), TokenIds::default(), Vec::new());
+            writer.write(&state(&layout, step), &[]).unwrap();
+        }
+        let folder = storage.join("job/checkpoints/small/00000002-1");
+        let object = "optimizer-00001-of-00001.safetensors";
+        let mut bytes = folder.get(object).unwrap().to_vec();
+        *bytes.last_mut().unwrap() ^= 1;
+        folder.put(object, bytes).unwrap();
+        let steps = together(2, |collective| {
+            let shards = Shards::new(&layout, collective.rank(), 2);
+            let mut warnings = Vec::new();
+            let mut warn = |problem| warnings.push(problem);
+            let found = resume(&storage, ("job", "small"), &layout, &shards, collective, &mut warn).unwrap();
+            (found.unwrap().0.step, warnings.len())
+        });
+        assert_eq!(steps, [(1, 1), (1, 1)]);
+    }
+}

@@ -72,8 +72,8 @@ impl Shards {
     /// The part of `range`, which lies in one bucket, that `rank` owns; empty where it owns none.
     pub fn part(&self, range: &Range<usize>, rank: usize) -> Range<usize> {
         let slice = &self.bucket_of(range).slices[rank];
-        let start = range.start.max(slice.start);
-        start..range.end.min(slice.end).max(start)
+        let part = range.start.max(slice.start)..range.end.min(slice.end);
+        if part.is_empty() { range.start..range.start } else { part }
     }
 
     /// Where `range`, which this rank owns and which lies in one bucket, is in its own part.
@@ -125,7 +125,9 @@ mod tests {
                 for rank in 0..world {
                     let shards = Shards::new(&layout, rank, world);
                     let part = shards.part(&tensor.range(), rank);
+                    prop_assert!(part.start >= tensor.offset && part.end <= tensor.range().end);
                     if part.is_empty() {
+                        prop_assert!(shards.own(&part).is_empty());
                         continue;
                     }
                     prop_assert_eq!(part.start, end);
