@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 
 fn examples() -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples");
-    let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let folders = [folder.clone(), folder.join("paper")];
+    let entries = folders.into_iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let files = entries.map(|entry| entry.unwrap().path());
     let mut files: Vec<PathBuf> =
         files.filter(|path| path.extension().is_some_and(|end| end == "yaml")).collect();
     files.sort();
@@ -28,7 +30,7 @@ fn plan(name: &str) -> JobPlan {
 #[test]
 fn all_are_accepted_and_resolve() {
     let files = examples();
-    assert!(files.len() >= 2);
+    assert!(files.len() >= 11);
     for path in files {
         let job = read(&path);
         let errors = admission_errors(&job, None).unwrap();
@@ -87,4 +89,37 @@ fn the_partial_stack_is_table_5s() {
     assert_eq!(growth.layers.len(), 24);
     assert_eq!(growth.layers[..6], [0, 1, 2, 3, 4, 5]);
     assert_eq!(growth.layers[22..], [4, 5]);
+}
+
+#[test]
+fn the_papers_runs_have_the_papers_figures() {
+    // Layers of base and target, non-embedding parameters of the target in millions, tokens, and the base's share of the
+    // arithmetic: 10.5 B tokens at a quarter of the size.
+    let table = [
+        ("paper/410m.yaml", 6, 24, 308, 750e9),
+        ("paper/1b.yaml", 6, 24, 1_233, 97.5e9),
+        ("paper/3b.yaml", 8, 32, 2_234, 300e9),
+        ("paper/7b.yaml", 8, 32, 5_671, 300e9),
+        ("paper/1b-zero-depth.yaml", 6, 24, 1_233, 97.5e9),
+        ("paper/1b-direct-width.yaml", 24, 24, 1_233, 97.5e9),
+        ("paper/1b-zero-width.yaml", 24, 24, 1_233, 97.5e9),
+    ];
+    for (name, base_layers, layers, parameters, tokens) in table {
+        let plan = plan(name);
+        let [base, target] = &plan.stages[..] else { panic!("{} stages", plan.stages.len()) };
+        assert_eq!(
+            (base.model.num_hidden_layers, target.model.num_hidden_layers),
+            (base_layers, layers),
+            "{name}"
+        );
+        let millions = target.parameters.non_embedding as f64 / 1e6;
+        assert!((millions - f64::from(parameters)).abs() < 1.0, "{name}: {millions}");
+        assert_eq!((base.steps, base.tokens), (5000, 10_485_760_000), "{name}");
+        assert!((target.tokens as f64 / tokens - 1.0).abs() < 1e-4, "{name}: {}", target.tokens);
+        // A factor of 4 in parameters, in depth or, doubling every width, in width.
+        let factor = target.parameters.non_embedding as f64 / base.parameters.non_embedding as f64;
+        assert!((factor - 4.0).abs() < 0.01, "{name}: {factor}");
+        let share = base.flops.six_nd / target.flops.six_nd;
+        assert!((share / (10.48576e9 / tokens / 4.0) - 1.0).abs() < 1e-2, "{name}: {share}");
+    }
 }

@@ -46,6 +46,14 @@ prop_compose! {
     }
 }
 
+fn any_operator() -> impl Strategy<Value = &'static str> {
+    prop::sample::select(vec!["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth"])
+}
+
+fn preset() -> impl Strategy<Value = &'static str> {
+    prop::sample::select(vec!["solar", "midas", "lidas", "llamaPro"])
+}
+
 fn growth() -> impl Strategy<Value = Value> {
     prop_oneof![
         optional(count()).prop_map(|factor| without_nulls(json!({"operator": "Stack", "factor": factor}))),
@@ -53,6 +61,27 @@ fn growth() -> impl Strategy<Value = Value> {
             .prop_map(|layers| json!({"operator": "LayerMap", "layerMap": {"layers": layers}})),
         "[0-9*-]{0,12}".prop_map(|pattern| json!({"operator": "LayerMap", "layerMap": {"pattern": pattern}})),
         Just(json!({"operator": "LayerMap", "factor": 3})),
+        (
+            any_operator(),
+            optional(count()),
+            optional((any_operator(), optional(count()))),
+            optional(number())
+        )
+            .prop_map(|(operator, factor, depth, noise)| {
+                let depth = depth
+                    .map(|(operator, factor)| without_nulls(json!({"operator": operator, "factor": factor})));
+                without_nulls(json!({
+                    "operator": operator, "factor": factor, "depth": depth, "noise": noise,
+                }))
+            }),
+        (preset(), count(), count()).prop_map(|(preset, size, copies)| {
+            let options = match preset {
+                "solar" => json!({"dropLayers": size}),
+                "llamaPro" => json!({"groups": size, "copies": copies}),
+                _ => json!({"blockLayers": size}),
+            };
+            json!({"operator": "LayerMap", "layerMap": {preset: options}})
+        }),
     ]
 }
 
@@ -162,9 +191,11 @@ fn check_plan(plan: &JobPlan) -> Result<(), TestCaseError> {
             prop_assert_eq!(&growth.from_stage, &source.stage);
             prop_assert_eq!(growth.layers.len(), stage.model.num_hidden_layers as usize);
             prop_assert!(growth.layers.iter().all(|layer| *layer < source.model.num_hidden_layers));
-            let depth = stage.model.num_hidden_layers;
-            let grown = ModelConfig { num_hidden_layers: depth, ..source.model.clone() };
-            prop_assert_eq!(&grown, &stage.model);
+            prop_assert!(growth.zero_output.iter().all(|layer| *layer < stage.model.num_hidden_layers));
+            prop_assert_eq!(&growth.grown(&source.model), &stage.model);
+            if let Some(width) = &growth.width {
+                prop_assert_eq!(width.check(&source.model), Ok(()));
+            }
         }
     }
     Ok(())
@@ -206,6 +237,34 @@ proptest! {
             // A plan file says what the plan says.
             let written = serde_json::to_string(stage).unwrap();
             prop_assert_eq!(stage, &serde_json::from_str(&written).unwrap());
+        }
+    }
+
+    #[test]
+    fn any_larger_widths_resolve(
+        keys in 1u32..5, group in 1u32..5, more_keys in 0u32..5, target_group in 1u32..9, more in 0u32..40,
+        direct in any::<bool>(),
+    ) {
+        let (heads, target_keys) = (keys * group, keys + more_keys);
+        let target_heads = target_keys * target_group;
+        let mut object = example();
+        object["spec"]["model"] = json!({
+            "hiddenSize": 64, "intermediateSize": 30, "numAttentionHeads": heads, "numKeyValueHeads": keys,
+            "headDim": 8,
+        });
+        object["spec"]["stages"][1]["growth"] =
+            json!({"operator": if direct { "DirectWidth" } else { "ZeroWidth" }});
+        object["spec"]["stages"][1]["model"] = json!({
+            "hiddenSize": 64 + more, "intermediateSize": 31 + more, "numAttentionHeads": target_heads,
+            "numKeyValueHeads": target_keys,
+        });
+        let defined = target_heads >= heads && (target_group >= group || group % target_group == 0);
+        match resolve("wide", &job(object).spec) {
+            Ok(plan) => {
+                prop_assert!(defined);
+                check_plan(&plan)?;
+            }
+            Err(errors) => prop_assert!(!defined, "{}", errors),
         }
     }
 

@@ -4,7 +4,11 @@
 mod common;
 
 use common::{edit, example, job};
-use growth_crds::plan::{GrowthOperator, JobPlan, OptimizerStatePolicy, SchedulePlan, StageStart};
+use growth_crds::plan::growth::GrowthEffect;
+use growth_crds::plan::{
+    GrowthOperator, GrowthPlan, Initializer, JobPlan, ModelConfig, OptimizerStatePolicy, SchedulePlan,
+    StageStart, WidthMap, WidthPlan, WidthRule, WidthSplit,
+};
 use growth_crds::resolve;
 use serde_json::{Value, json};
 
@@ -150,6 +154,221 @@ fn growth_chains_and_lists() {
     assert_eq!(plan.stages[2].model.num_hidden_layers, 12);
     let StageStart::Growth(growth) = &plan.stages[2].start else { panic!() };
     assert_eq!(growth.layers, [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]);
+}
+
+fn growth(edits: &[Edit]) -> (GrowthPlan, ModelConfig) {
+    let mut plan = plan(edits).unwrap();
+    let stage = plan.stages.remove(1);
+    match stage.start {
+        StageStart::Growth(growth) => (growth, stage.model),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn depth_operators_resolve_to_lists() {
+    let of = |growth_spec: Value| growth(&[("/spec/stages/1/growth", growth_spec)]).0;
+    let layers = |spec| {
+        let plan = of(spec);
+        let effect = plan.effect(2).0;
+        (plan.layers, plan.zero_output, effect)
+    };
+    let (spike, preserving) = (GrowthEffect::Spike, GrowthEffect::Preserving);
+    let cases = [
+        (json!({"operator": "Interleave", "factor": 2}), vec![0, 0, 1, 1], vec![], spike),
+        (json!({"operator": "ZeroDepth", "factor": 2}), vec![0, 0, 1, 1], vec![1, 3], preserving),
+        (
+            json!({"operator": "ZeroDepth", "factor": 2, "zeroDepth": {"order": "Stacked"}}),
+            vec![0, 1, 0, 1],
+            vec![2, 3],
+            preserving,
+        ),
+        (
+            json!({"operator": "LayerMap", "layerMap": {"solar": {"dropLayers": 0}}}),
+            vec![0, 1, 0, 1],
+            vec![],
+            spike,
+        ),
+        (
+            json!({"operator": "LayerMap", "layerMap": {"midas": {"blockLayers": 1}}}),
+            vec![0, 0, 1],
+            vec![],
+            spike,
+        ),
+        (
+            json!({"operator": "LayerMap", "layerMap": {"lidas": {"blockLayers": 2}, "zeroOutput": true}}),
+            vec![0, 0, 1, 1],
+            vec![1, 3],
+            preserving,
+        ),
+        (
+            json!({"operator": "LayerMap", "layerMap": {"llamaPro": {"groups": 2}}}),
+            vec![0, 0, 1, 1],
+            vec![1, 3],
+            preserving,
+        ),
+        (
+            json!({"operator": "LayerMap", "layerMap": {"llamaPro": {"groups": 1}, "zeroOutput": false}}),
+            vec![0, 1, 1],
+            vec![],
+            spike,
+        ),
+        // The second copy of layer 0 is zeroed, but then layer 1 comes first.
+        (
+            json!({"operator": "LayerMap", "layerMap": {"layers": [1, 0, 0], "zeroOutput": true}}),
+            vec![1, 0, 0],
+            vec![2],
+            spike,
+        ),
+    ];
+    for (spec, list, zero, effect) in cases {
+        assert_eq!(layers(spec.clone()), (list, zero, effect), "{spec}");
+    }
+}
+
+fn sources(map: &WidthMap) -> Vec<Option<u32>> {
+    map.sources().collect()
+}
+
+#[test]
+fn a_factor_multiplies_every_width() {
+    let (plan, model) = growth(&[
+        ("/spec/model/numKeyValueHeads", json!(2)),
+        ("/spec/training/seed", json!(5)),
+        ("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 2})),
+    ]);
+    assert_eq!((model.hidden_size, model.intermediate_size, model.head_dim), (128, 352, 16));
+    assert_eq!((model.num_attention_heads, model.num_key_value_heads, model.num_hidden_layers), (8, 4, 2));
+    let width = plan.width.as_ref().unwrap();
+    assert_eq!(width.rule, WidthRule::Direct { split: WidthSplit::Uneven, seed: 5 });
+    assert_eq!(width.hidden, WidthMap::repeat(64, 128));
+    assert_eq!(sources(&width.heads), [0, 1, 2, 3, 0, 1, 2, 3].map(Some));
+    assert_eq!(sources(&width.key_value_heads), [0, 1, 0, 1].map(Some));
+    assert_eq!(plan.layers, [0, 1]);
+    assert_eq!(plan.effect(2).0, GrowthEffect::Preserving);
+}
+
+#[test]
+fn query_heads_stay_with_their_keys() {
+    let maps = |operator: &str, source: (u32, u32), target: (u32, u32)| {
+        let (plan, _) = growth(&[
+            ("/spec/model/numAttentionHeads", json!(source.0)),
+            ("/spec/model/numKeyValueHeads", json!(source.1)),
+            ("/spec/model/headDim", json!(8)),
+            ("/spec/stages/1/growth", json!({"operator": operator})),
+            (
+                "/spec/stages/1/model",
+                json!({
+                    "intermediateSize": 352, "headDim": 8,
+                    "numAttentionHeads": target.0, "numKeyValueHeads": target.1,
+                }),
+            ),
+        ]);
+        let width = plan.width.unwrap();
+        let text = |map: &WidthMap| {
+            let name = |source: Option<u32>| source.map_or("-".to_owned(), |source| source.to_string());
+            sources(map).into_iter().map(name).collect::<String>()
+        };
+        (text(&width.heads), text(&width.key_value_heads))
+    };
+    let same = |heads: &str, keys: &str| (heads.to_owned(), keys.to_owned());
+    // More queries to each key, more keys, both, and the parts of a group on copies of its key.
+    assert_eq!(maps("DirectWidth", (4, 2), (8, 2)), same("01012323", "01"));
+    assert_eq!(maps("DirectWidth", (4, 2), (6, 3)), same("012301", "010"));
+    assert_eq!(maps("DirectWidth", (2, 2), (6, 3)), same("001100", "010"));
+    assert_eq!(maps("DirectWidth", (4, 1), (4, 4)), same("0123", "0000"));
+    assert_eq!(maps("DirectWidth", (4, 1), (8, 4)), same("01230123", "0000"));
+    assert_eq!(maps("ZeroWidth", (4, 2), (8, 2)), same("01--23--", "01"));
+    assert_eq!(maps("ZeroWidth", (4, 2), (6, 3)), same("0123--", "01-"));
+    assert_eq!(maps("ZeroWidth", (2, 2), (6, 3)), same("0-1---", "01-"));
+    assert_eq!(maps("ZeroWidth", (4, 1), (4, 2)), same("0123", "00"));
+}
+
+#[test]
+fn sizes_of_the_stage_say_what_grows() {
+    let (plan, model) = growth(&[
+        ("/spec/stages/1/growth", json!({"operator": "ZeroWidth", "optimizerState": "Keep"})),
+        ("/spec/stages/1/model", json!({"hiddenSize": 96, "numAttentionHeads": 6, "initializer": "Paper"})),
+    ]);
+    assert_eq!((model.hidden_size, model.intermediate_size), (96, 176));
+    // As many queries to a key as before.
+    assert_eq!((model.num_attention_heads, model.num_key_value_heads, model.head_dim), (6, 6, 16));
+    let width = plan.width.unwrap();
+    let eps = 1e-5 * 64.0 / 96.0;
+    assert_eq!(model.rms_norm_eps, eps);
+    assert_eq!(width.rule, WidthRule::Zero { initializer: Initializer::Paper, seed: 0, rms_norm_eps: eps });
+    assert!(width.intermediate.is_identity() && !width.hidden.is_identity());
+    let (_, model) = growth(&[
+        ("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
+        ("/spec/stages/1/model", json!({"hiddenSize": 96, "rmsNormEps": 1e-6})),
+    ]);
+    assert_eq!(model.rms_norm_eps, 1e-6);
+}
+
+#[test]
+fn width_and_depth_grow_together() {
+    let (plan, model) = growth(&[(
+        "/spec/stages/1/growth",
+        json!({"operator": "DirectWidth", "factor": 2, "depth": {"operator": "Stack", "factor": 2}}),
+    )]);
+    assert_eq!(plan.layers, [0, 1, 0, 1]);
+    assert_eq!((model.num_hidden_layers, model.hidden_size), (4, 128));
+    assert_eq!(plan.effect(2).0, GrowthEffect::Spike);
+    let (plan, _) = growth(&[(
+        "/spec/stages/1/growth",
+        json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}}),
+    )]);
+    assert_eq!(plan.effect(2).0, GrowthEffect::Preserving);
+}
+
+#[test]
+fn an_uneven_width_is_noted() {
+    let plan = plan(&[
+        ("/spec/stages/1/growth", json!({"operator": "DirectWidth", "noise": 0.3})),
+        ("/spec/stages/1/model", json!({"hiddenSize": 96})),
+    ])
+    .unwrap();
+    assert!(plan.notes[0].contains("hiddenSize 96 is no multiple of 64"), "{:?}", plan.notes);
+    assert!(plan.notes[1].contains("noise above 0.2"), "{:?}", plan.notes);
+    let heads = self::plan(&[
+        ("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
+        ("/spec/stages/1/model", json!({"hiddenSize": 70, "headDim": 16})),
+    ]);
+    assert!(heads.unwrap().notes[0].contains("transformers 5 does not open"));
+    let StageStart::Growth(growth) = &plan.stages[1].start else { panic!() };
+    assert_eq!(growth.effect(2).0, GrowthEffect::Spike);
+}
+
+#[test]
+fn a_plan_of_an_earlier_version_is_read_and_written_as_it_was() {
+    let text = r#"{"fromStage":"small","operator":"Stack","layers":[0,1,0,1],"optimizerState":"Reset"}"#;
+    let plan: GrowthPlan = serde_json::from_str(text).unwrap();
+    assert_eq!(plan.layers, [0, 1, 0, 1]);
+    assert_eq!(serde_json::to_string(&plan).unwrap(), text);
+}
+
+#[test]
+fn a_width_plan_is_checked_against_its_source() {
+    let edits = [("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 2}))];
+    let (plan, _) = growth(&edits);
+    let source = self::plan(&edits).unwrap().stages[0].model.clone();
+    let width = plan.width.unwrap();
+    assert_eq!(width.check(&source), Ok(()));
+    let refused = |change: &dyn Fn(&mut WidthPlan)| {
+        let mut width = width.clone();
+        change(&mut width);
+        width.check(&source).unwrap_err().to_string()
+    };
+    let other = refused(&|width| width.hidden = WidthMap::repeat(32, 128));
+    assert!(other.contains("is for 32 channels, but the source has 64"), "{other}");
+    let outside = refused(&|width| width.intermediate.runs[0].from = Some(1));
+    assert!(outside.contains("takes 176 channels from 1, but the source has 176"), "{outside}");
+    let new = refused(&|width| width.hidden = WidthMap::pad(64, 128));
+    assert!(new.contains("copies have no new channels"), "{new}");
+    let lost = refused(&|width| width.heads = WidthMap::from_sources(4, [Some(0); 8]));
+    assert!(lost.contains("left out"), "{lost}");
+    let moved = refused(&|width| width.heads = WidthMap::from_sources(4, [1, 0, 2, 3, 0, 1, 2, 3].map(Some)));
+    assert!(moved.contains("query head 0 with a copy of another key head"), "{moved}");
 }
 
 #[test]
@@ -298,7 +517,15 @@ fn every_mistake_says_what_to_do() {
         ),
         (
             vec![("/spec/stages/1/model", json!({"hiddenSize": 128}))],
-            "spec.stages[1].model.hiddenSize: a stage that grows keeps",
+            "spec.stages[1].model.hiddenSize: a stage that grows in depth keeps",
+        ),
+        (
+            vec![("/spec/stages/1/model", json!({"ropeTheta": 5e5}))],
+            "spec.stages[1].model.ropeTheta: no growth changes it",
+        ),
+        (
+            vec![("/spec/stages/1/model", json!({"initializer": "Paper"}))],
+            "spec.stages[1].model.initializer: in a stage that grows it belongs to operator ZeroWidth",
         ),
         (
             vec![("/spec/stages/1/model", json!({"numHiddenLayers": 6}))],
@@ -339,7 +566,140 @@ fn every_mistake_says_what_to_do() {
                 "/spec/stages/1/growth",
                 json!({"operator": "LayerMap", "factor": 2, "layerMap": {"layers": [0]}}),
             )],
-            "spec.stages[1].growth.factor: factor belongs to operator Stack",
+            "spec.stages[1].growth.factor: factor does not go with LayerMap",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "Stack", "factor": 2, "zeroDepth": {}}))],
+            "spec.stages[1].growth.zeroDepth: zeroDepth belongs to operator ZeroDepth",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "ZeroWidth", "factor": 2, "directWidth": {}}))],
+            "spec.stages[1].growth.directWidth: directWidth belongs to operator DirectWidth",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "Interleave", "factor": 2, "depth": {"operator": "Stack"}}),
+            )],
+            "spec.stages[1].growth.depth: depth belongs to DirectWidth and ZeroWidth; Interleave grows",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "Stack", "factor": 2, "noise": 1.5}))],
+            "spec.stages[1].growth.noise: 1.5 is no share",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "DirectWidth"}}),
+            )],
+            "spec.stages[1].growth.depth.operator: DirectWidth does not grow the depth",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "Stack"}}),
+            )],
+            "spec.stages[1].growth.depth.factor: Stack needs to know how deep",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 1}))],
+            "spec.stages[1].growth.factor: a factor below 2",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "DirectWidth"}))],
+            "spec.stages[1].growth: nothing becomes wider",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 2})),
+                ("/spec/stages/1/model", json!({"hiddenSize": 192})),
+            ],
+            "spec.stages[1].model.hiddenSize: factor makes 128 of 64, but this says 192",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth"})),
+                ("/spec/stages/1/model", json!({"hiddenSize": 32})),
+            ],
+            "spec.stages[1].model.hiddenSize: 32 is smaller than the 64",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 4096}))],
+            "spec.stages[1].model.hiddenSize: 262144 is more than 131072",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth"})),
+                ("/spec/stages/1/model", json!({"hiddenSize": 128, "headDim": 32})),
+            ],
+            "spec.stages[1].model.headDim: heads keep their width of 16, not 32",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
+                ("/spec/stages/1/model", json!({"intermediateSize": 200, "numHiddenLayers": 4})),
+            ],
+            "spec.stages[1].model.numHiddenLayers: ZeroWidth keeps the 2 layers",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "ZeroWidth", "factor": 2})),
+                ("/spec/stages/1/model", json!({"rmsNormEps": 0.0})),
+            ],
+            "spec.stages[1].model.rmsNormEps: 0 is not above 0",
+        ),
+        (
+            vec![
+                ("/spec/model/numAttentionHeads", json!(8)),
+                ("/spec/model/numKeyValueHeads", json!(2)),
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth"})),
+                ("/spec/stages/1/model", json!({"numAttentionHeads": 10})),
+            ],
+            "spec.stages[1].model.numKeyValueHeads: it is missing, and 10 query heads cannot be grouped by 4",
+        ),
+        (
+            vec![
+                ("/spec/model/numAttentionHeads", json!(8)),
+                ("/spec/model/numKeyValueHeads", json!(2)),
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth"})),
+                ("/spec/stages/1/model", json!({"numAttentionHeads": 9, "numKeyValueHeads": 3})),
+            ],
+            "spec.stages[1].model.numKeyValueHeads: 3 query heads to a key head cannot be made of groups of 4",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth"})),
+                ("/spec/stages/1/model", json!({"numAttentionHeads": 10, "numKeyValueHeads": 4})),
+            ],
+            "spec.stages[1].model.numKeyValueHeads: 4 does not divide the 10",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LayerMap", "layerMap": {"solar": {"dropLayers": 2}}}),
+            )],
+            "spec.stages[1].growth.layerMap.solar: 2 layers cannot be dropped of 2",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LayerMap", "layerMap": {"midas": {"blockLayers": 3}}}),
+            )],
+            "spec.stages[1].growth.layerMap.midas: 2 layers are no whole blocks of 3",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LayerMap", "layerMap": {"lidas": {"blockLayers": 3}}}),
+            )],
+            "spec.stages[1].growth.layerMap.lidas: half a block of 3",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LayerMap", "layerMap": {"llamaPro": {"groups": 3}}}),
+            )],
+            "spec.stages[1].growth.layerMap.llamaPro: 3 groups of 2 layers",
         ),
         (
             vec![("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {}}))],

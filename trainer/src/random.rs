@@ -26,15 +26,25 @@ pub fn generator(seed: u64, purpose: &str, index: u64) -> ChaCha8Rng {
 /// number of threads nor the length of `out` changes it.
 pub fn normal(seed: u64, tensor_name: &str, std: f64, out: &mut [f32]) {
     out.par_chunks_mut(CHUNK).enumerate().for_each(|(index, chunk)| {
-        let mut generator = generator(seed, tensor_name, 0);
-        generator.set_word_pos((index * CHUNK / 2) as u128 * WORDS_PER_PAIR);
-        for pair in chunk.chunks_mut(2) {
-            let values = normal_pair(&mut generator);
-            for (element, value) in pair.iter_mut().zip(values) {
-                *element = (value * std) as f32;
-            }
-        }
+        normal_from(seed, tensor_name, std, index * CHUNK, chunk);
     });
+}
+
+/// The elements from `first` on of what [`normal`] fills.
+pub fn normal_from(seed: u64, tensor_name: &str, std: f64, first: usize, out: &mut [f32]) {
+    let mut generator = generator(seed, tensor_name, 0);
+    generator.set_word_pos((first / 2) as u128 * WORDS_PER_PAIR);
+    // Of a pair that begins before `first` the second number is the first that is wanted.
+    let (head, pairs) = out.split_at_mut((first % 2).min(out.len()));
+    if let Some(element) = head.first_mut() {
+        *element = (normal_pair(&mut generator)[1] * std) as f32;
+    }
+    for pair in pairs.chunks_mut(2) {
+        let values = normal_pair(&mut generator);
+        for (element, value) in pair.iter_mut().zip(values) {
+            *element = (value * std) as f32;
+        }
+    }
 }
 
 /// Box-Muller on `libm`, whose results do not depend on the machine as those of the system's library do.
@@ -66,6 +76,17 @@ mod tests {
             let mut short = vec![0.0; length];
             with_threads(1, || normal(7, "lm_head.weight", 0.02, &mut short));
             assert!(short == long[..length], "length {length}");
+        }
+    }
+
+    #[test]
+    fn any_part_can_be_made_alone() {
+        let mut whole = vec![0.0; CHUNK + 50];
+        normal(7, "lm_head.weight", 0.02, &mut whole);
+        for (first, length) in [(0, 3), (1, 4), (6, 1), (7, 1), (9, 0), (CHUNK - 3, 40)] {
+            let mut part = vec![0.0; length];
+            normal_from(7, "lm_head.weight", 0.02, first, &mut part);
+            assert!(part == whole[first..first + length], "{length} from {first}");
         }
     }
 

@@ -1,8 +1,8 @@
 //! The architecture of a stage: the job's model, the first stage's overrides, defaults; then growth.
 
-use super::ModelConfig;
 use super::error::Findings;
 use super::growth_map::MAX_LAYERS;
+use super::{GrowthOperator, ModelConfig};
 use crate::spec::GrowthTrainingJobSpec;
 use crate::spec::model::ModelSpec;
 
@@ -31,7 +31,7 @@ impl ModelSpec {
         }
     }
 
-    /// Names of the fields that a stage which grows must not set, of those that are set.
+    /// Names of the fields beside numHiddenLayers that are set.
     fn fixed_by_growth(&self) -> Vec<&'static str> {
         let fields = [
             ("hiddenSize", self.hidden_size.is_some()),
@@ -93,19 +93,39 @@ pub(super) fn first_architecture(
     })
 }
 
-/// The architecture that a growth makes: the source's, as deep as the map is long.
-pub(super) fn grown_architecture(source: &ModelConfig, layers: &[u32]) -> ModelConfig {
-    let num_hidden_layers = u32::try_from(layers.len()).unwrap_or(MAX_LAYERS);
-    ModelConfig { num_hidden_layers, ..source.clone() }
-}
-
-/// A stage that grows keeps the width of its source.
-pub(super) fn check_grown_model(model: Option<&ModelSpec>, field: &str, findings: &mut Findings) {
+/// What a stage that grows may set: what its operator changes.
+pub(super) fn check_grown_model(
+    operator: GrowthOperator,
+    model: Option<&ModelSpec>,
+    field: &str,
+    findings: &mut Findings,
+) {
+    let sizes: &[&str] =
+        &["hiddenSize", "intermediateSize", "numAttentionHeads", "numKeyValueHeads", "headDim"];
+    let of_zero_width: &[&str] = &["rmsNormEps", "initializer"];
     for name in model.map(ModelSpec::fixed_by_growth).unwrap_or_default() {
-        findings.error(
-            format!("{field}.model.{name}"),
-            "a stage that grows keeps what the stage before has; remove it (only numHiddenLayers may differ)",
-        );
+        let place = format!("{field}.model.{name}");
+        if sizes.contains(&name) {
+            if !operator.is_width() {
+                let message = "a stage that grows in depth keeps the width of the stage before; remove it, or use DirectWidth or ZeroWidth";
+                findings.error(place, message);
+            }
+        } else if of_zero_width.contains(&name) {
+            if operator != GrowthOperator::ZeroWidth {
+                let message = "in a stage that grows it belongs to operator ZeroWidth; remove it";
+                findings.error(place, message);
+            }
+        } else {
+            findings.error(
+                place,
+                "no growth changes it, so the stage keeps what the stage before has; remove it",
+            );
+        }
+    }
+    let eps = model.and_then(|model| model.rms_norm_eps);
+    if let Some(eps) = eps.filter(|eps| !eps.is_finite() || *eps <= 0.0) {
+        let message = format!("{eps} is not above 0; use a positive number");
+        findings.error(format!("{field}.model.rmsNormEps"), message);
     }
 }
 

@@ -22,6 +22,11 @@ impl fmt::Display for PlanError {
 pub struct PlanErrors(Vec<PlanError>);
 
 impl PlanErrors {
+    /// One error.
+    pub(super) fn of(field: &str, message: &str) -> Self {
+        Self(vec![PlanError { field: field.to_owned(), message: message.to_owned() }])
+    }
+
     /// The errors, in the order of the stages.
     pub fn as_slice(&self) -> &[PlanError] {
         &self.0

@@ -1,9 +1,6 @@
 //! Which source layer every target layer copies.
 
-use super::ModelConfig;
-use super::error::Findings;
-use super::{GrowthOperator, GrowthPlan};
-use crate::spec::stage::{GrowthSpec, LayerMapSpec};
+use std::collections::BTreeSet;
 
 /// Most layers a model may have.
 pub const MAX_LAYERS: u32 = 1024;
@@ -11,6 +8,55 @@ pub const MAX_LAYERS: u32 = 1024;
 /// G_stack: the whole model, `factor` times.
 pub fn stack(source_layers: u32, factor: u32) -> Vec<u32> {
     (0..factor).flat_map(|_| 0..source_layers).collect()
+}
+
+/// Every layer `factor` times in its place: target layer i is source layer floor(i / factor).
+pub fn interleave(source_layers: u32, factor: u32) -> Vec<u32> {
+    (0..source_layers).flat_map(|layer| (0..factor).map(move |_| layer)).collect()
+}
+
+/// SOLAR: the model without its last `dropped` layers, then the model without its first.
+pub fn solar(source_layers: u32, dropped: u32) -> Option<Vec<u32>> {
+    let kept = source_layers.checked_sub(dropped).filter(|kept| *kept > 0)?;
+    Some((0..kept).chain(dropped..source_layers).collect())
+}
+
+/// MIDAS: the middle block (of an even number the lower one) is repeated right above itself.
+pub fn midas(source_layers: u32, block: u32) -> Option<Vec<u32>> {
+    if block == 0 || source_layers == 0 || !source_layers.is_multiple_of(block) {
+        return None;
+    }
+    let middle = (source_layers / block).div_ceil(2) * block;
+    Some((0..middle).chain(middle - block..source_layers).collect())
+}
+
+/// LIDAS: the last half of the block below the middle and the first half of the one above it, repeated in the middle.
+pub fn lidas(source_layers: u32, block: u32) -> Option<Vec<u32>> {
+    let even = source_layers.is_multiple_of(2) && block.is_multiple_of(2);
+    if block == 0 || !even || block > source_layers {
+        return None;
+    }
+    let middle = source_layers / 2;
+    Some((0..middle).chain(middle - block / 2..middle + block / 2).chain(middle..source_layers).collect())
+}
+
+/// LLaMA Pro: after each of `groups` equal groups its last `copies` layers again.
+pub fn llama_pro(source_layers: u32, groups: u32, copies: u32) -> Option<Vec<u32>> {
+    if groups == 0 || source_layers == 0 || !source_layers.is_multiple_of(groups) {
+        return None;
+    }
+    let group = source_layers / groups;
+    if copies == 0 || copies > group {
+        return None;
+    }
+    let ends = (1..=groups).map(|number| number * group);
+    Some(ends.flat_map(|end| (end - group..end).chain(end - copies..end)).collect())
+}
+
+/// Target layers that are not the first copy of their source.
+pub fn further_copies(layers: &[u32]) -> Vec<u32> {
+    let mut seen = BTreeSet::new();
+    (0u32..).zip(layers).filter(|(_, source)| !seen.insert(**source)).map(|(target, _)| target).collect()
 }
 
 /// Why a pattern cannot be read.
@@ -60,184 +106,6 @@ pub fn connection_rate(layers: &[u32]) -> (usize, usize) {
     (kept, layers.len().saturating_sub(1))
 }
 
-/// Resolves the growth of a stage; `None` when it is wrong, with the reason in `findings`.
-pub(super) fn resolve_growth(
-    growth: &GrowthSpec,
-    field: &str,
-    target_layers: Option<u32>,
-    source: &ModelConfig,
-    from_stage: &str,
-    findings: &mut Findings,
-) -> Option<GrowthPlan> {
-    let layers = match growth.operator {
-        GrowthOperator::Stack => resolve_stack(growth, field, target_layers, source, findings),
-        GrowthOperator::LayerMap => resolve_map(growth, field, target_layers, source, findings),
-    }?;
-    Some(GrowthPlan {
-        from_stage: from_stage.to_owned(),
-        operator: growth.operator,
-        layers,
-        optimizer_state: growth.optimizer_state,
-    })
-}
-
-fn resolve_stack(
-    growth: &GrowthSpec,
-    field: &str,
-    target_layers: Option<u32>,
-    source: &ModelConfig,
-    findings: &mut Findings,
-) -> Option<Vec<u32>> {
-    let depth = source.num_hidden_layers;
-    if growth.layer_map.is_some() {
-        findings.error(
-            format!("{field}.growth.layerMap"),
-            "layerMap belongs to operator LayerMap; remove it or change operator",
-        );
-        return None;
-    }
-    let factor = match (growth.factor, target_layers) {
-        (Some(factor), None) => factor,
-        (Some(factor), Some(target)) if depth.checked_mul(factor) == Some(target) => factor,
-        (Some(factor), Some(target)) => {
-            findings.error(
-                format!("{field}.growth.factor"),
-                format!(
-                    "factor {factor} makes {} of {depth} layers, but model.numHiddenLayers says {target}; remove one of them",
-                    u64::from(depth) * u64::from(factor)
-                ),
-            );
-            return None;
-        }
-        (None, Some(target)) if target % depth == 0 => target / depth,
-        (None, Some(target)) => {
-            findings.error(
-                format!("{field}.model.numHiddenLayers"),
-                format!(
-                    "{target} layers are no multiple of the {depth} that are stacked; choose a multiple, or use operator LayerMap"
-                ),
-            );
-            return None;
-        }
-        (None, None) => {
-            findings.error(
-                format!("{field}.growth.factor"),
-                "Stack needs to know how deep; set factor (4 is the paper's choice) or model.numHiddenLayers",
-            );
-            return None;
-        }
-    };
-    check_factor(factor, field, source, findings)
-}
-
-fn check_factor(factor: u32, field: &str, source: &ModelConfig, findings: &mut Findings) -> Option<Vec<u32>> {
-    let depth = source.num_hidden_layers;
-    if factor < 2 {
-        findings
-            .error(format!("{field}.growth.factor"), format!("factor {factor} does not grow; use 2 or more"));
-        return None;
-    }
-    if depth.checked_mul(factor).is_none_or(|layers| layers > MAX_LAYERS) {
-        findings.error(
-            format!("{field}.growth.factor"),
-            format!("{depth} layers times {factor} are more than {MAX_LAYERS}; lower factor"),
-        );
-        return None;
-    }
-    if factor > 8 {
-        findings.note(format!(
-            "{field}: factor {factor} is far above the 2 to 4 that the paper found best; the base may be too small to help"
-        ));
-    }
-    if depth < 2 {
-        findings.note(format!(
-            "{field}: a base of {depth} layer lost to training from scratch in the paper; use at least 2 layers"
-        ));
-    }
-    Some(stack(depth, factor))
-}
-
-fn resolve_map(
-    growth: &GrowthSpec,
-    field: &str,
-    target_layers: Option<u32>,
-    source: &ModelConfig,
-    findings: &mut Findings,
-) -> Option<Vec<u32>> {
-    let Some(map) = &growth.layer_map else {
-        findings.error(
-            format!("{field}.growth.layerMap"),
-            "operator LayerMap needs layerMap; set layers or pattern",
-        );
-        return None;
-    };
-    if growth.factor.is_some() {
-        findings.error(
-            format!("{field}.growth.factor"),
-            "factor belongs to operator Stack; remove it, layerMap says how deep the model becomes",
-        );
-        return None;
-    }
-    let (member, layers) = read_map(map, field, findings)?;
-    let place = format!("{field}.growth.layerMap.{member}");
-    let depth = source.num_hidden_layers;
-    let (first_label, last_label) = if member == "pattern" { (1, depth) } else { (0, depth - 1) };
-    if let Some(layer) = layers.iter().find(|layer| **layer >= depth) {
-        findings.error(
-            place,
-            format!(
-                "there is no layer {}; the source has {depth} layers, {first_label} to {last_label}",
-                layer.saturating_add(first_label)
-            ),
-        );
-        return None;
-    }
-    if let Some(target) = target_layers.filter(|target| *target as usize != layers.len()) {
-        findings.error(
-            place,
-            format!(
-                "it lists {} layers, but model.numHiddenLayers says {target}; remove numHiddenLayers or correct the list",
-                layers.len()
-            ),
-        );
-        return None;
-    }
-    if layers.len() < depth as usize {
-        findings.note(format!(
-            "{field}: the layer map shrinks the model from {depth} to {} layers",
-            layers.len()
-        ));
-    }
-    Some(layers)
-}
-
-fn read_map(map: &LayerMapSpec, field: &str, findings: &mut Findings) -> Option<(&'static str, Vec<u32>)> {
-    match (&map.layers, &map.pattern) {
-        (Some(layers), None) if layers.is_empty() || layers.len() > MAX_LAYERS as usize => {
-            findings.error(
-                format!("{field}.growth.layerMap.layers"),
-                format!("it lists {} layers; list 1 to {MAX_LAYERS}", layers.len()),
-            );
-            None
-        }
-        (Some(layers), None) => Some(("layers", layers.clone())),
-        (None, Some(pattern)) => match parse_pattern(pattern) {
-            Ok(layers) => Some(("pattern", layers)),
-            Err(error) => {
-                findings.error(format!("{field}.growth.layerMap.pattern"), error.to_string());
-                None
-            }
-        },
-        _ => {
-            findings.error(
-                format!("{field}.growth.layerMap"),
-                "set exactly one of layers and pattern in layerMap",
-            );
-            None
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -272,16 +140,47 @@ mod tests {
     #[test]
     fn stack_and_interleave_of_eight_layers() {
         assert_eq!(connection_rate(&stack(8, 3)), (21, 23));
-        let interleaved: Vec<u32> = (0..24).map(|target| target / 3).collect();
+        let interleaved = interleave(8, 3);
+        assert!((0u32..).zip(&interleaved).all(|(target, source)| *source == target / 3));
         assert_eq!(connection_rate(&interleaved), (7, 23));
     }
 
     #[test]
     fn solar_is_a_list() {
         // Depth up-scaling of 32 layers to 48, dropping 8: 0..=23, then 8..=31.
-        let solar: Vec<u32> = (0..24).chain(8..32).collect();
-        assert_eq!(solar.len(), 48);
-        assert_eq!(connection_rate(&solar), (46, 47));
+        let layers = solar(32, 8).unwrap();
+        assert_eq!(layers, (0..24).chain(8..32).collect::<Vec<u32>>());
+        assert_eq!(connection_rate(&layers), (46, 47));
+        assert_eq!(solar(4, 0).unwrap(), stack(4, 2));
+        assert_eq!(solar(4, 4), None);
+    }
+
+    #[test]
+    fn blocks_are_repeated_in_the_middle() {
+        assert_eq!(midas(4, 4).unwrap(), [0, 1, 2, 3, 0, 1, 2, 3]);
+        assert_eq!(midas(6, 2).unwrap(), [0, 1, 2, 3, 2, 3, 4, 5]);
+        assert_eq!(midas(8, 2).unwrap(), [0, 1, 2, 3, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(midas(6, 4), None);
+        assert_eq!(lidas(8, 4).unwrap(), [0, 1, 2, 3, 2, 3, 4, 5, 4, 5, 6, 7]);
+        assert_eq!(lidas(4, 4).unwrap(), [0, 1, 0, 1, 2, 3, 2, 3]);
+        for (layers, block) in [(7, 2), (8, 3), (4, 6), (4, 0)] {
+            assert_eq!(lidas(layers, block), None);
+        }
+        // From 4 to 32 layers, four at a time.
+        let depths = std::iter::successors(Some(4), |depth| midas(*depth, 4).map(|list| list.len() as u32));
+        assert_eq!(depths.take(8).last(), Some(32));
+    }
+
+    #[test]
+    fn llama_pro_repeats_the_end_of_every_group() {
+        let layers = llama_pro(32, 8, 1).unwrap();
+        assert_eq!(layers.len(), 40);
+        assert_eq!(layers[..6], [0, 1, 2, 3, 3, 4]);
+        assert_eq!(further_copies(&layers), [4, 9, 14, 19, 24, 29, 34, 39]);
+        assert_eq!(llama_pro(4, 2, 2).unwrap(), [0, 1, 0, 1, 2, 3, 2, 3]);
+        for (groups, copies) in [(3, 1), (2, 3), (0, 1), (2, 0)] {
+            assert_eq!(llama_pro(4, groups, copies), None);
+        }
     }
 
     #[test]

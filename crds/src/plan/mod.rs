@@ -3,7 +3,10 @@
 pub mod architecture;
 mod error;
 pub mod flops;
+pub mod growth;
+mod growth_depth;
 pub mod growth_map;
+pub mod growth_width;
 pub mod guideline;
 pub mod memory;
 pub mod parameters;
@@ -14,5 +17,6 @@ mod training;
 pub mod types;
 
 pub use error::{PlanError, PlanErrors};
+pub use growth::{CheckpointGrowth, resolve_checkpoint_growth};
 pub use resolve::resolve;
 pub use types::*;

@@ -1,8 +1,8 @@
 //! A job becomes a list of stage plans.
 
-use super::architecture::{check_grown_model, first_architecture, grown_architecture};
+use super::architecture::first_architecture;
 use super::error::{Findings, PlanErrors};
-use super::growth_map::resolve_growth;
+use super::growth::GrowthRequest;
 use super::guideline::{self, FITTED_FLOPS, FITTED_PARAMETERS, LARGEST_SHARE};
 use super::ranks::check_replicas;
 use super::training::{Batch, resolve_batch, resolve_checkpoint, resolve_evaluation, resolve_training};
@@ -103,7 +103,7 @@ fn resolve_shapes(spec: &GrowthTrainingJobSpec, findings: &mut Findings) -> Vec<
             0 => first_shape(spec, stage, findings),
             _ => {
                 let source = shapes[index - 1].as_ref().map(|shape| &shape.model);
-                grown_shape(index, stage, &spec.stages[index - 1].name, source, findings)
+                grown_shape(spec, index, source, findings)
             }
         };
         shapes.push(shape);
@@ -130,28 +130,35 @@ fn first_shape(spec: &GrowthTrainingJobSpec, stage: &StageSpec, findings: &mut F
 }
 
 fn grown_shape(
+    spec: &GrowthTrainingJobSpec,
     index: usize,
-    stage: &StageSpec,
-    from_stage: &str,
     source: Option<&ModelConfig>,
     findings: &mut Findings,
 ) -> Option<Shape> {
-    let field = stage_field(index);
+    let (field, stage) = (stage_field(index), &spec.stages[index]);
     if stage.init_from.is_some() {
         let message = "only the first stage can start from a given checkpoint; remove initFrom";
         findings.error(format!("{field}.initFrom"), message);
     }
-    check_grown_model(stage.model.as_ref(), &field, findings);
     let Some(growth) = &stage.growth else {
         let message = "every stage after the first must grow the one before; add growth to it";
         findings.error(format!("{field}.growth"), message);
         return None;
     };
-    let target_layers = stage.model.as_ref().and_then(|model| model.num_hidden_layers);
+    let model = stage.model.as_ref();
+    let over = model.and_then(|model| model.initializer);
     let source = source?;
-    let growth = resolve_growth(growth, &field, target_layers, source, from_stage, findings)?;
-    let model = grown_architecture(source, &growth.layers);
-    Some(Shape { model, start: StageStart::Growth(growth) })
+    let request = GrowthRequest {
+        growth,
+        model,
+        field: &field,
+        source,
+        from_stage: &spec.stages[index - 1].name,
+        initializer: over.or(spec.model.initializer).unwrap_or_default(),
+        seed: u64::try_from(spec.training.seed).unwrap_or_default(),
+    };
+    let growth = request.resolve(findings)?;
+    Some(Shape { model: growth.grown(source), start: StageStart::Growth(growth) })
 }
 
 /// Tokens of every stage, in whole steps. The last stage comes first, because `auto` looks ahead.

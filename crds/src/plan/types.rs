@@ -111,27 +111,144 @@ pub enum StageStart {
     Growth(GrowthPlan),
 }
 
-/// A resolved depth growth.
+/// A resolved growth: where every layer and every channel of the target comes from.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct GrowthPlan {
     /// The stage whose last checkpoint is grown.
     pub from_stage: String,
-    /// `Stack` or `LayerMap`.
+    /// What was asked for.
     pub operator: GrowthOperator,
     /// Source layer of every target layer, from 0.
     pub layers: Vec<u32>,
+    /// Target layers whose attention output and MLP down projections are zero at first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub zero_output: Vec<u32>,
+    /// Where the channels come from; absent where every width stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub width: Option<Box<WidthPlan>>,
+    /// Noise that is mixed in at the end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub noise: Option<NoisePlan>,
     /// What becomes of the optimizer's moments.
     pub optimizer_state: OptimizerStatePolicy,
 }
 
-/// Growth operators, by the paper's names.
+/// Where the channels of a wider model come from.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct WidthPlan {
+    /// Channels of the residual stream.
+    pub hidden: WidthMap,
+    /// Query heads.
+    pub heads: WidthMap,
+    /// Key and value heads.
+    pub key_value_heads: WidthMap,
+    /// Channels inside the MLP.
+    pub intermediate: WidthMap,
+    /// How weights follow from the maps.
+    pub rule: WidthRule,
+}
+
+/// The source of every target channel, or head, in runs.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct WidthMap {
+    /// Channels of the source. A source channel that has several copies is divided among them where it is read.
+    pub source: u32,
+    /// Target channels in order.
+    pub runs: Vec<WidthRun>,
+}
+
+/// Target channels side by side whose sources lie side by side too.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct WidthRun {
+    /// Source of the first of them; absent where they are new.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<u32>,
+    /// How many.
+    pub count: u32,
+}
+
+/// How the weights of a wider model follow from the maps.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[serde(rename_all = "camelCase", tag = "kind")]
+pub enum WidthRule {
+    /// New channels are copies; what reads them is divided.
+    #[serde(rename_all = "camelCase")]
+    Direct {
+        /// How.
+        split: WidthSplit,
+        /// Seed of the noise of `Noisy`.
+        seed: u64,
+    },
+    /// New channels are zero at first, and what belongs to them is random.
+    #[serde(rename_all = "camelCase")]
+    Zero {
+        /// Distribution of the random weights: that of the target.
+        initializer: Initializer,
+        /// Their seed.
+        seed: u64,
+        /// Term inside the root of the target's norms.
+        rms_norm_eps: f64,
+    },
+}
+
+/// How a weight is divided among the copies of the channel that it reads. Default: Uneven.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq, schemars::JsonSchema)]
+pub enum WidthSplit {
+    /// Equally. With fresh moments the copies stay equal for ever.
+    Even,
+    /// 7 to 3, 49 to 21 to 9, and so on: copies drift apart slowly.
+    #[default]
+    Uneven,
+    /// Equally, plus noise that cancels: copies part with the first step.
+    Noisy,
+}
+
+/// Where the new layers of ZeroDepth lie. Default: Interleaved.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, Eq, schemars::JsonSchema)]
+pub enum LayerOrder {
+    /// Each right above its source.
+    #[default]
+    Interleaved,
+    /// All above the old layers.
+    Stacked,
+}
+
+/// Noise in the matrices of a grown model.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct NoisePlan {
+    /// Its share.
+    pub share: f64,
+    /// Its seed.
+    pub seed: u64,
+}
+
+/// Growth operators.
 #[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq, schemars::JsonSchema)]
 pub enum GrowthOperator {
     /// G_stack: the whole model repeated; target layer i is source layer i mod L.
     Stack,
+    /// Every layer repeated in its place; target layer i is source layer floor(i / factor).
+    Interleave,
     /// An explicit list of source layers.
     LayerMap,
+    /// Copies whose outputs are zero at first, so that the function stays.
+    ZeroDepth,
+    /// Copies of channels, heads and neurons; what reads them is divided.
+    DirectWidth,
+    /// New channels that are zero at first, with random weights.
+    ZeroWidth,
+}
+
+impl GrowthOperator {
+    /// Whether it changes widths.
+    pub fn is_width(self) -> bool {
+        matches!(self, Self::DirectWidth | Self::ZeroWidth)
+    }
 }
 
 /// What becomes of the optimizer's moments at a growth step.
@@ -140,7 +257,7 @@ pub enum OptimizerStatePolicy {
     /// Fresh moments and step 0, as in the paper.
     #[default]
     Reset,
-    /// The moments are grown as the weights are, and the step count goes on.
+    /// Moments of copied layers are copied, moments of new or zeroed weights are zero, and the step count goes on.
     Keep,
 }
 

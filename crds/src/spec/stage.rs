@@ -3,7 +3,7 @@
 use super::model::ModelSpec;
 use super::schema::without_descriptions;
 use super::training::ScheduleSpec;
-use crate::plan::{GrowthOperator, OptimizerStatePolicy};
+use crate::plan::{GrowthOperator, LayerOrder, OptimizerStatePolicy, WidthSplit};
 use crate::quantity::{StageTokens, TokenCount};
 use k8s_openapi::api::core::v1::{ResourceRequirements, Toleration};
 use kube::KubeSchema;
@@ -18,13 +18,33 @@ use std::collections::BTreeMap;
     validation = Rule::new("!has(self.replicas) || !has(self.elastic)")
         .message("set replicas for a fixed size or elastic for a range, not both"),
     validation = Rule::new(
-        "!has(self.growth) || self.growth.operator != 'Stack' || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
+        "!has(self.growth) || !(self.growth.operator in ['Stack', 'Interleave', 'ZeroDepth']) || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
-    .message("Stack needs to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
+    .message("Stack, Interleave and ZeroDepth need to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
     validation = Rule::new(
-        "!has(self.growth) || !has(self.model) || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim) || has(self.model.vocabSize) || has(self.model.maxPositionEmbeddings) || has(self.model.ropeTheta) || has(self.model.rmsNormEps) || has(self.model.tieWordEmbeddings) || has(self.model.initializer))"
+        "!has(self.growth) || !has(self.growth.depth) || self.growth.depth.operator == 'LayerMap' || has(self.growth.depth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
-    .message("growth changes the depth only: keep numHiddenLayers and remove the rest of the stage's model"),
+    .message("growth.depth needs to know how deep: set growth.depth.factor or model.numHiddenLayers"),
+    validation = Rule::new(
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth']) || has(self.growth.factor) || (has(self.model) && (has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads)))"
+    )
+    .message("DirectWidth and ZeroWidth need to know how wide: set growth.factor, or the sizes that grow in the stage's model"),
+    validation = Rule::new(
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth']) || has(self.growth.depth) || !has(self.model) || !has(self.model.numHiddenLayers)"
+    )
+    .message("DirectWidth and ZeroWidth keep the depth: remove model.numHiddenLayers, or add growth.depth"),
+    validation = Rule::new(
+        "!has(self.growth) || !has(self.model) || self.growth.operator in ['DirectWidth', 'ZeroWidth'] || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim))"
+    )
+    .message("this operator changes the depth only: keep numHiddenLayers and remove the sizes from the stage's model, or use DirectWidth or ZeroWidth"),
+    validation = Rule::new(
+        "!has(self.growth) || !has(self.model) || !(has(self.model.vocabSize) || has(self.model.maxPositionEmbeddings) || has(self.model.ropeTheta) || has(self.model.tieWordEmbeddings))"
+    )
+    .message("no growth changes vocabSize, maxPositionEmbeddings, ropeTheta or tieWordEmbeddings: remove them from the stage's model"),
+    validation = Rule::new(
+        "!has(self.growth) || !has(self.model) || self.growth.operator == 'ZeroWidth' || !(has(self.model.rmsNormEps) || has(self.model.initializer))"
+    )
+    .message("in a stage that grows, rmsNormEps and initializer belong to operator ZeroWidth: remove them from the stage's model"),
     validation = Rule::new(
         "has(self.model) == has(oldSelf.model) && (!has(self.model) || self.model == oldSelf.model)"
     )
@@ -46,7 +66,7 @@ pub struct StageSpec {
     /// Name, unique in the job.
     #[schemars(length(min = 1, max = 12), regex(pattern = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"))]
     pub name: String,
-    /// Architecture where it differs from the job's. A stage that grows sets numHiddenLayers at most.
+    /// Architecture where it differs from the job's. A stage that grows sets only what its operator changes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelSpec>,
     /// How the model is made from the stage before. Every stage but the first has one.
@@ -77,32 +97,59 @@ pub struct StageSpec {
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("(self.operator == 'LayerMap') == has(self.layerMap)")
-        .message("layerMap belongs to operator LayerMap: set both or neither"),
-    validation = Rule::new("self.operator == 'Stack' || !has(self.factor)")
-        .message("factor belongs to operator Stack; with LayerMap the list says how deep the model becomes, remove factor"),
+    validation = Rule::new(
+        "(self.operator == 'LayerMap' || (has(self.depth) && self.depth.operator == 'LayerMap')) == has(self.layerMap)"
+    )
+    .message("layerMap belongs to operator LayerMap: set both or neither"),
+    validation = Rule::new("self.operator != 'LayerMap' || !has(self.factor)")
+        .message("factor does not go with LayerMap: the list says how deep the model becomes, remove factor"),
+    validation = Rule::new(
+        "!has(self.zeroDepth) || self.operator == 'ZeroDepth' || (has(self.depth) && self.depth.operator == 'ZeroDepth')"
+    )
+    .message("zeroDepth belongs to operator ZeroDepth; remove it, or change operator"),
+    validation = Rule::new("!has(self.directWidth) || self.operator == 'DirectWidth'")
+        .message("directWidth belongs to operator DirectWidth; remove it, or change operator"),
+    validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth']")
+        .message("depth belongs to DirectWidth and ZeroWidth, which can grow the depth in the same step; remove it"),
 )]
 pub struct GrowthSpec {
-    /// Stack repeats the whole model; LayerMap takes a list of source layers.
+    /// Depth: Stack, Interleave, LayerMap, ZeroDepth. Width: DirectWidth, ZeroWidth. docs/growth.md describes each.
     pub operator: GrowthOperator,
-    /// How many times Stack repeats the model.
+    /// How many times the layers (Stack, Interleave, ZeroDepth), or hiddenSize, intermediateSize and both numbers of
+    /// heads (DirectWidth, ZeroWidth) are multiplied. The stage's model can say it instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 2, max = 64))]
     pub factor: Option<u32>,
     /// Source layers of LayerMap.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layer_map: Option<LayerMapSpec>,
+    /// Options of ZeroDepth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_depth: Option<ZeroDepthSpec>,
+    /// Options of DirectWidth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub direct_width: Option<DirectWidthSpec>,
+    /// A growth of the depth in the same step as one of the width.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub depth: Option<DepthGrowthSpec>,
+    /// Share of random noise in all matrices afterwards, W = (1 - noise) W + noise E: the paper's ablation, best at
+    /// 0.2 and harmful above. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub noise: Option<f64>,
     /// What becomes of the optimizer's moments. Default: Reset.
     #[serde(default)]
     pub optimizer_state: OptimizerStatePolicy,
 }
 
-/// The source layer of every target layer; exactly one member.
+/// The source layer of every target layer; exactly one member beside zeroOutput.
 #[derive(Serialize, Deserialize, Debug, Clone, Default, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("has(self.layers) != has(self.pattern)")
-        .message("set exactly one of layers and pattern in layerMap"),
+    validation = Rule::new(
+        "(has(self.layers) ? 1 : 0) + (has(self.pattern) ? 1 : 0) + (has(self.solar) ? 1 : 0) + (has(self.midas) ? 1 : 0) + (has(self.lidas) ? 1 : 0) + (has(self.llamaPro) ? 1 : 0) == 1"
+    )
+    .message("set exactly one of layers, pattern, solar, midas, lidas and llamaPro in layerMap"),
 )]
 pub struct LayerMapSpec {
     /// Source layers from 0, from the input up: [0, 1, 0, 1].
@@ -113,6 +160,86 @@ pub struct LayerMapSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(min = 1, max = 1024), regex(pattern = r"^[1-9]+(\*[0-9]+)?(-[1-9]+(\*[0-9]+)?)*$"))]
     pub pattern: Option<String>,
+    /// SOLAR's depth up-scaling: the model without its last layers, then the model without its first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub solar: Option<SolarSpec>,
+    /// MIDAS: the middle block is repeated next to itself.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub midas: Option<MiddleBlockSpec>,
+    /// LIDAS: half of the block below the middle and half of the one above it are repeated in the middle.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lidas: Option<MiddleBlockSpec>,
+    /// LLaMA Pro: after every group of layers copies of its last ones, whose outputs are zero at first.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub llama_pro: Option<LlamaProSpec>,
+    /// Whether every further copy of a layer begins with outputs of zero. Default: true with llamaPro, else false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zero_output: Option<bool>,
+}
+
+/// SOLAR's depth up-scaling.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct SolarSpec {
+    /// Layers that each of the two copies lacks: 8 makes 48 of 32.
+    #[schemars(range(min = 0, max = 1023))]
+    pub drop_layers: u32,
+}
+
+/// A block in the middle.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct MiddleBlockSpec {
+    /// Layers of a block, which is what is added.
+    #[schemars(range(min = 1, max = 1023))]
+    pub block_layers: u32,
+}
+
+/// LLaMA Pro.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct LlamaProSpec {
+    /// Groups that the layers are divided into.
+    #[schemars(range(min = 1, max = 1023))]
+    pub groups: u32,
+    /// Layers added after each group. Default: 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = 1023))]
+    pub copies: Option<u32>,
+}
+
+/// Options of ZeroDepth.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ZeroDepthSpec {
+    /// Whether a new layer lies right above its source, or the new layers lie above all old ones.
+    pub order: LayerOrder,
+}
+
+/// Options of DirectWidth.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DirectWidthSpec {
+    /// How a weight is divided among the copies of the channel that it reads.
+    pub split: WidthSplit,
+}
+
+/// A growth of the depth beside one of the width; layerMap and zeroDepth stand in growth.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+#[x_kube(
+    validation = Rule::new("self.operator in ['Stack', 'Interleave', 'LayerMap', 'ZeroDepth']")
+        .message("depth.operator is one of Stack, Interleave, LayerMap and ZeroDepth"),
+    validation = Rule::new("self.operator != 'LayerMap' || !has(self.factor)")
+        .message("depth.factor does not go with LayerMap: the list says how deep the model becomes, remove it"),
+)]
+pub struct DepthGrowthSpec {
+    /// Stack, Interleave, LayerMap or ZeroDepth.
+    pub operator: GrowthOperator,
+    /// How many times the layers are multiplied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 2, max = 64))]
+    pub factor: Option<u32>,
 }
 
 /// Given weights.

@@ -121,17 +121,72 @@ pub fn creation_cases() -> Vec<Case> {
             ],
         ),
         case(
-            "Stack needs to know how deep",
+            "Stack, Interleave and ZeroDepth need to know how deep",
             vec![
                 ("/spec/stages/1/growth/factor", Value::Null),
                 ("/spec/stages/1/model", json!({"numHiddenLayers": 8})),
             ],
-            replace("/spec/stages/1/growth/factor", Value::Null),
+            replace("/spec/stages/1/growth", json!({"operator": "ZeroDepth"})),
         ),
         case(
-            "growth changes the depth only",
+            "growth.depth needs to know how deep",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "DirectWidth", "factor": 2, "depth": {"operator": "Stack", "factor": 2}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "DirectWidth", "factor": 2, "depth": {"operator": "Stack"}}),
+            ),
+        ),
+        case(
+            "DirectWidth and ZeroWidth need to know how wide",
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
+                ("/spec/stages/1/model", json!({"intermediateSize": 200})),
+            ],
+            replace("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
+        ),
+        case(
+            "DirectWidth and ZeroWidth keep the depth",
+            vec![
+                (
+                    "/spec/stages/1/growth",
+                    json!({"operator": "DirectWidth", "factor": 2, "depth": {"operator": "Stack"}}),
+                ),
+                ("/spec/stages/1/model", json!({"numHiddenLayers": 4})),
+            ],
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 2})),
+                ("/spec/stages/1/model", json!({"numHiddenLayers": 4})),
+            ],
+        ),
+        case(
+            "this operator changes the depth only",
             replace("/spec/stages/1/model", json!({"numHiddenLayers": 8})),
-            replace("/spec/stages/1/model", json!({"numHiddenLayers": 8, "ropeTheta": 500000.0})),
+            replace("/spec/stages/1/model", json!({"numHiddenLayers": 8, "hiddenSize": 128})),
+        ),
+        case(
+            "no growth changes vocabSize",
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth"})),
+                ("/spec/stages/1/model", json!({"hiddenSize": 128, "headDim": 16})),
+            ],
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth"})),
+                ("/spec/stages/1/model", json!({"hiddenSize": 128, "vocabSize": 4096})),
+            ],
+        ),
+        case(
+            "rmsNormEps and initializer belong to operator ZeroWidth",
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "ZeroWidth", "factor": 2})),
+                ("/spec/stages/1/model", json!({"initializer": "Paper", "rmsNormEps": 1e-6})),
+            ],
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 2})),
+                ("/spec/stages/1/model", json!({"initializer": "Paper"})),
+            ],
         ),
         case(
             "layerMap belongs to operator LayerMap",
@@ -142,7 +197,7 @@ pub fn creation_cases() -> Vec<Case> {
             replace("/spec/stages/1/growth", json!({"operator": "LayerMap"})),
         ),
         case(
-            "factor belongs to operator Stack",
+            "factor does not go with LayerMap",
             replace("/spec/stages/1/growth", json!({"operator": "Stack", "factor": 2})),
             replace(
                 "/spec/stages/1/growth",
@@ -150,12 +205,76 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "set exactly one of layers and pattern in layerMap",
+            "zeroDepth belongs to operator ZeroDepth",
             replace(
                 "/spec/stages/1/growth",
-                json!({"operator": "LayerMap", "layerMap": {"pattern": "12*2"}}),
+                json!({"operator": "ZeroDepth", "factor": 2, "zeroDepth": {"order": "Stacked"}}),
             ),
-            replace("/spec/stages/1/growth", json!({"operator": "LayerMap", "layerMap": {}})),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "Interleave", "factor": 2, "zeroDepth": {"order": "Stacked"}}),
+            ),
+        ),
+        case(
+            "directWidth belongs to operator DirectWidth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "DirectWidth", "factor": 2, "directWidth": {"split": "Noisy"}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "directWidth": {"split": "Noisy"}}),
+            ),
+        ),
+        case(
+            "depth belongs to DirectWidth and ZeroWidth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "Stack", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}}),
+            ),
+        ),
+        case(
+            "depth.operator is one of Stack, Interleave, LayerMap and ZeroDepth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "Interleave", "factor": 2}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "ZeroWidth", "factor": 2}}),
+            ),
+        ),
+        case(
+            "depth.factor does not go with LayerMap",
+            replace(
+                "/spec/stages/1/growth",
+                json!({
+                    "operator": "DirectWidth", "factor": 2, "depth": {"operator": "LayerMap"},
+                    "layerMap": {"midas": {"blockLayers": 1}},
+                }),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({
+                    "operator": "DirectWidth", "factor": 2, "depth": {"operator": "LayerMap", "factor": 2},
+                    "layerMap": {"midas": {"blockLayers": 1}},
+                }),
+            ),
+        ),
+        case(
+            "set exactly one of layers, pattern, solar, midas, lidas and llamaPro in layerMap",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LayerMap", "layerMap": {"llamaPro": {"groups": 1}, "zeroOutput": false}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LayerMap", "layerMap": {"pattern": "12*2", "solar": {"dropLayers": 1}}}),
+            ),
         ),
         case(
             "minReplicas is larger than maxReplicas",

@@ -25,9 +25,9 @@ pub use retention::{Retention, prune, remove_unfinished};
 pub use snapshot::{ObjectTable, Snapshot, copy};
 pub use writer::{CheckpointLocation, CheckpointWriter, DEFAULT_SHARD_BYTES};
 
-pub(crate) use objects::{digest_bytes, digest_object, verify_objects};
+pub(crate) use objects::{digest_bytes, digest_object, put_object, verify_objects};
 pub(crate) use reader::{commit_of, read_trainer_state};
-pub(crate) use tensor_file::TensorIndex;
+pub(crate) use tensor_file::{PIECE_BYTES, TensorIndex, TensorSpec};
 pub(crate) use writer::{
     Commitment, MODEL_INDEX_FILE, ShardSet, model_specs, moment_specs, put_small_objects, put_trainer_state,
     refuse_if_committed,

@@ -160,6 +160,17 @@ impl TensorIndex {
 }
 
 impl TensorPlace {
+    /// Some of its numbers, in the order of the data.
+    pub(crate) fn part(&self, numbers: Range<usize>) -> Self {
+        let width = self.number_type.bytes() as u64;
+        let start = self.bytes.start + numbers.start as u64 * width;
+        Self {
+            bytes: start..start + numbers.len() as u64 * width,
+            shape: vec![numbers.len()],
+            ..self.clone()
+        }
+    }
+
     /// Reads the tensor in pieces, as f32; `buffer` is reused from call to call.
     pub(crate) fn read<E: From<CheckpointError>>(
         &self,

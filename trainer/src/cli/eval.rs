@@ -69,7 +69,7 @@ fn text_loss(model: &LoadedModel, arguments: &Arguments) -> anyhow::Result<Loss>
 }
 
 /// A bare path means a file, as in a shell.
-fn absolute(text: &str) -> String {
+pub(super) fn absolute(text: &str) -> String {
     if text.contains("://") { text.to_owned() } else { format!("file://{text}") }
 }
 

@@ -1,31 +1,56 @@
 //! `growth-trainer grow`
 
-use super::{End, Options, print_json, train::read_plan};
+use super::{End, Options, eval::absolute, print_json, train::read_plan};
 use anyhow::{Context, bail};
-use growth_crds::plan::{GrowthOperator, GrowthPlan, OptimizerStatePolicy, StageStart, growth_map};
-use growth_crds::protocol::{Outcome, checkpoint_status};
+use growth_crds::plan::growth::GrowthEffect;
+use growth_crds::plan::{
+    CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, LayerOrder, OptimizerStatePolicy, StageStart,
+    WidthSplit, resolve_checkpoint_growth,
+};
+use growth_crds::protocol::{GrowthMeasurement, GrowthRecord, GrowthSample, Outcome, checkpoint_status};
+use growth_crds::spec::data::DataSource;
+use growth_crds::spec::model::ModelSpec;
+use growth_crds::spec::stage::{
+    DepthGrowthSpec, DirectWidthSpec, GrowthSpec, LayerMapSpec, LlamaProSpec, MiddleBlockSpec, SolarSpec,
+    ZeroDepthSpec,
+};
 use growth_trainer::checkpoint::{self, HuggingFaceFolder};
-use growth_trainer::growth::{self, GrownCheckpoint, GrowthTarget};
+use growth_trainer::data;
+use growth_trainer::growth::{self, DEFAULT_MEASURED_TOKENS, GrownCheckpoint, GrowthTarget, Measure};
 use growth_trainer::job;
-use growth_trainer::progress::{Reporter, Unit};
+use growth_trainer::progress::{Reporter, Unit, count};
 use growth_trainer::storage::{Storage, StorageOptions};
+use growth_trainer::tokenizer::Tokenizer;
+use serde::de::DeserializeOwned;
+use serde_json::json;
 use std::path::PathBuf;
 
+/// What `--help` says after the options.
+const HELP: &str = "\
+Either from one folder into another, any Hugging Face LLaMA among them:
+
+    growth-trainer grow --from DIR --operator Stack --factor 4 --to DIR2
+    growth-trainer grow --from DIR --operator LayerMap --pattern 12-3456*5-56 --to DIR2
+    growth-trainer grow --from DIR --operator DirectWidth --factor 2 --to DIR2
+    growth-trainer grow --from DIR --operator ZeroWidth --hidden-size 512 --to DIR2
+
+or as the plan file of the grown stage says, from the last checkpoint of the stage before
+(what a transform pod runs):
+
+    growth-trainer grow --plan large.json
+
+Depth: Stack repeats the model, Interleave every layer, LayerMap takes any list or a preset,
+ZeroDepth adds layers that do nothing at first. Width: DirectWidth copies channels, ZeroWidth
+adds channels that are zero at first; --depth-operator grows the depth in the same step.
+Afterwards both models run on the same tokens and are compared. docs/growth.md describes
+every operator.";
+
 /// Grows a checkpoint into the first one of a larger model, tensor by tensor.
-///
-/// Either from one folder into another, any Hugging Face LLaMA among them:
-///
-///     growth-trainer grow --from DIR --operator Stack --factor 4 --to DIR2
-///
-/// or as the plan file of the grown stage says, from the last checkpoint of the stage before (what a transform pod
-/// runs):
-///
-///     growth-trainer grow --plan large.json
 #[derive(clap::Args)]
-#[command(verbatim_doc_comment)]
+#[command(after_long_help = HELP)]
 pub struct Arguments {
     /// Plan file of the grown stage
-    #[arg(long, conflicts_with_all = ["from", "to", "operator", "factor", "layers", "pattern"])]
+    #[arg(long, conflicts_with_all = ["from", "to", "operator", "factor", "map", "width", "depth_operator"])]
     plan: Option<PathBuf>,
     /// Folder of the source checkpoint
     #[arg(long, required_unless_present = "plan", requires = "to")]
@@ -34,23 +59,102 @@ pub struct Arguments {
     #[arg(long, requires = "from")]
     to: Option<String>,
     /// Growth operator
-    #[arg(long, default_value = "Stack", value_parser = ["Stack", "LayerMap"])]
+    #[arg(long, default_value = "Stack", value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth"])]
     operator: String,
-    /// Stack: how often the source's layers are repeated
-    #[arg(long, conflicts_with_all = ["layers", "pattern"])]
+    /// How often the layers are repeated, or how many times as wide the model becomes
+    #[arg(long, conflicts_with = "map")]
     factor: Option<u32>,
+    #[command(flatten)]
+    map: MapArguments,
+    /// LayerMap of LLaMA Pro: copies after each group
+    #[arg(long, requires = "llama_pro")]
+    copies: Option<u32>,
+    /// LayerMap: whether further copies of a layer begin with outputs of zero
+    #[arg(long)]
+    zero_output: Option<bool>,
+    #[command(flatten)]
+    width: WidthArguments,
+    /// Layers of the target, instead of a factor
+    #[arg(long)]
+    num_hidden_layers: Option<u32>,
+    /// ZeroDepth: where the new layers lie
+    #[arg(long, value_parser = ["Interleaved", "Stacked"])]
+    order: Option<String>,
+    /// With an operator of the width: one of the depth for the same step
+    #[arg(long, value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth"])]
+    depth_operator: Option<String>,
+    /// How often the depth's operator repeats the layers
+    #[arg(long, requires = "depth_operator")]
+    depth_factor: Option<u32>,
+    /// Share of noise mixed into all matrices at the end
+    #[arg(long)]
+    noise: Option<f64>,
+    /// Seed of random weights and noise
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Keep the optimizer's moments (those of copied layers and old weights) instead of starting all at zero
+    #[arg(long)]
+    keep_optimizer_state: bool,
+    /// Tokens on which source and target are compared; 0 for none
+    #[arg(long, default_value_t = DEFAULT_MEASURED_TOKENS)]
+    measure_tokens: usize,
+    /// Text for the comparison, a file or a pattern. Default: held-out text of the job, or random tokens
+    #[arg(long, requires = "from")]
+    text: Option<String>,
+}
+
+/// LayerMap: one of them.
+#[derive(clap::Args)]
+#[group(id = "map", multiple = false)]
+struct MapArguments {
     /// LayerMap: source layer of every target layer, from 0: 0,1,2,1,2
-    #[arg(long, value_delimiter = ',', conflicts_with = "pattern")]
+    #[arg(long, value_delimiter = ',')]
     layers: Option<Vec<u32>>,
     /// LayerMap in the paper's notation, from 1: 12-3456*5-56
     #[arg(long)]
     pattern: Option<String>,
-    /// Keep the optimizer's moments, grown as the weights are, instead of starting them at zero
-    #[arg(long)]
-    keep_optimizer_state: bool,
+    /// LayerMap of SOLAR: layers that each of the two copies of the model lacks
+    #[arg(long, value_name = "LAYERS")]
+    solar: Option<u32>,
+    /// LayerMap of MIDAS: layers of the middle block, which is repeated
+    #[arg(long, value_name = "LAYERS")]
+    midas: Option<u32>,
+    /// LayerMap of LIDAS: layers repeated in the middle
+    #[arg(long, value_name = "LAYERS")]
+    lidas: Option<u32>,
+    /// LayerMap of LLaMA Pro: groups, each of which gets copies of its last layers that do nothing at first
+    #[arg(long, value_name = "GROUPS")]
+    llama_pro: Option<u32>,
 }
 
-/// Grows and prints where the result is.
+/// Operators of the width.
+#[derive(clap::Args)]
+#[group(id = "width", multiple = true)]
+struct WidthArguments {
+    /// Width of the residual stream of the target
+    #[arg(long)]
+    hidden_size: Option<u32>,
+    /// Width inside the MLP of the target
+    #[arg(long)]
+    intermediate_size: Option<u32>,
+    /// Query heads of the target
+    #[arg(long)]
+    num_attention_heads: Option<u32>,
+    /// Key and value heads of the target. Default: as many query heads to each as in the source
+    #[arg(long)]
+    num_key_value_heads: Option<u32>,
+    /// DirectWidth: how a weight is divided among the copies of the channel that it reads
+    #[arg(long, value_parser = ["Even", "Uneven", "Noisy"])]
+    split: Option<String>,
+    /// ZeroWidth: distribution of the new weights
+    #[arg(long, value_parser = ["HuggingFace", "Paper"])]
+    initializer: Option<String>,
+    /// ZeroWidth: term inside the root of the target's norms. Default: smaller as the model is wider
+    #[arg(long)]
+    rms_norm_eps: Option<f64>,
+}
+
+/// Grows and prints where the result is and what changed.
 pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     let mut reporter = options.reporter();
     let grown = match &arguments.plan {
@@ -60,12 +164,61 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     drop(reporter);
     options.report(&Outcome::finished(Some(checkpoint_status(&grown.manifest, &grown.uri))))?;
     if options.json {
-        print_json(&grown.manifest)?;
-    } else {
-        let made = if grown.reused { "was there already" } else { "written" };
-        println!("{} ({made}), state {}", grown.uri, grown.manifest.digest);
+        let mut answer = json!(grown.manifest);
+        answer["growth"] = json!(grown.record);
+        print_json(&answer)?;
+        return Ok(End::Done);
     }
+    if let Some(record) = &grown.record {
+        println!("{}", describe(record));
+    }
+    let made = if grown.reused { "was there already" } else { "written" };
+    println!("{} ({made}), state {}", grown.uri, grown.manifest.digest);
     Ok(End::Done)
+}
+
+/// What a growth step did, for people.
+fn describe(record: &GrowthRecord) -> String {
+    let (kept, pairs) = (record.connection_rate.kept, record.connection_rate.pairs);
+    let expected = match record.expected {
+        GrowthEffect::Preserving => "the function stays",
+        GrowthEffect::Spike => "the loss jumps at first",
+    };
+    let mut lines = vec![
+        format!(
+            "{:?}: {} layers, {} -> {} parameters",
+            record.operator,
+            record.layers.len(),
+            count(record.source_parameters as f64),
+            count(record.target_parameters as f64)
+        ),
+        format!("  connection rate  {kept} of {pairs} pairs of neighbours"),
+        format!("  expected         {expected}: {}", record.reason),
+        format!(
+            "  tensors          {} in new layers, {} wider, {} zero",
+            record.new_tensors.len(),
+            record.widened_tensors.len(),
+            record.zero_tensors.len()
+        ),
+    ];
+    lines.extend(record.measured.as_ref().map(describe_measurement));
+    lines.join("\n")
+}
+
+fn describe_measurement(measured: &GrowthMeasurement) -> String {
+    let number = |value: Option<f64>| value.map_or("not finite".to_owned(), |value| format!("{value:.4}"));
+    let difference = measured.max_logit_difference;
+    let difference = difference.map_or("not finite".to_owned(), |value| format!("{value:.2e}"));
+    let sample = match measured.sample {
+        GrowthSample::HeldOut => "held-out tokens",
+        GrowthSample::Random => "random tokens",
+    };
+    format!(
+        "  measured         loss {} -> {}, largest difference of two logits {difference}, over {} {sample}",
+        number(measured.loss_before),
+        number(measured.loss_after),
+        measured.tokens,
+    )
 }
 
 fn grow_folder(arguments: &Arguments, reporter: &mut Reporter) -> anyhow::Result<GrownCheckpoint> {
@@ -73,40 +226,84 @@ fn grow_folder(arguments: &Arguments, reporter: &mut Reporter) -> anyhow::Result
         bail!("give --from and --to, or --plan")
     };
     let source = Storage::open(from, &StorageOptions::default())?;
-    let layers = HuggingFaceFolder::open(&source)?.config().num_hidden_layers;
-    let plan = GrowthPlan {
-        from_stage: "source".to_owned(),
-        operator: if arguments.operator == "Stack" {
-            GrowthOperator::Stack
-        } else {
-            GrowthOperator::LayerMap
-        },
-        layers: layer_map(arguments, layers)?,
-        optimizer_state: match arguments.keep_optimizer_state {
-            true => OptimizerStatePolicy::Keep,
-            false => OptimizerStatePolicy::Reset,
-        },
-    };
+    let folder = HuggingFaceFolder::open(&source)?;
+    let (plan, notes) = resolve(arguments, &folder)?;
+    notes.iter().for_each(|note| reporter.note(&format!("note: {note}")));
     let target = GrowthTarget::Folder {
         folder: Storage::open(to, &StorageOptions::default())?,
         job: "grow".to_owned(),
         stage: "grown".to_owned(),
     };
+    let measure = Measure { tokens: arguments.measure_tokens, text: text(arguments, &folder)? };
     reporter.begin("growth", Unit::Bytes, 0, 0);
-    Ok(growth::grow(&source, None, &plan, &target, &[], &mut |done, total| {
-        reporter.advance(done, total, String::new());
-    })?)
+    let mut progress = |done, total| reporter.advance(done, total, String::new());
+    Ok(growth::grow_and_measure(&source, None, &plan, &target, &[], &measure, &mut progress)?)
 }
 
-fn layer_map(arguments: &Arguments, source_layers: u32) -> anyhow::Result<Vec<u32>> {
-    if let Some(layers) = &arguments.layers {
-        return Ok(layers.clone());
-    }
-    if let Some(pattern) = &arguments.pattern {
-        return growth_map::parse_pattern(pattern).with_context(|| format!("--pattern {pattern}"));
-    }
-    let factor = arguments.factor.context("give --factor, --layers or --pattern")?;
-    Ok(growth_map::stack(source_layers, factor))
+/// The arguments as a stage of a job, resolved as one.
+fn resolve(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<(GrowthPlan, Vec<String>)> {
+    let width = &arguments.width;
+    let model = ModelSpec {
+        num_hidden_layers: arguments.num_hidden_layers,
+        hidden_size: width.hidden_size,
+        intermediate_size: width.intermediate_size,
+        num_attention_heads: width.num_attention_heads,
+        num_key_value_heads: width.num_key_value_heads,
+        rms_norm_eps: width.rms_norm_eps,
+        initializer: word::<Initializer>(width.initializer.as_deref())?,
+        ..ModelSpec::default()
+    };
+    let depth = word::<GrowthOperator>(arguments.depth_operator.as_deref())?;
+    let growth = GrowthSpec {
+        operator: word(Some(&arguments.operator))?.context("--operator is missing")?,
+        factor: arguments.factor,
+        layer_map: layer_map(arguments),
+        zero_depth: word::<LayerOrder>(arguments.order.as_deref())?.map(|order| ZeroDepthSpec { order }),
+        direct_width: word::<WidthSplit>(width.split.as_deref())?.map(|split| DirectWidthSpec { split }),
+        depth: depth.map(|operator| DepthGrowthSpec { operator, factor: arguments.depth_factor }),
+        noise: arguments.noise,
+        optimizer_state: match arguments.keep_optimizer_state {
+            true => OptimizerStatePolicy::Keep,
+            false => OptimizerStatePolicy::Reset,
+        },
+    };
+    let growth =
+        CheckpointGrowth { growth: &growth, model: &model, source: folder.config(), seed: arguments.seed };
+    Ok(resolve_checkpoint_growth(growth)?)
+}
+
+/// A word of the API, which clap has checked.
+fn word<T: DeserializeOwned>(word: Option<&str>) -> anyhow::Result<Option<T>> {
+    Ok(word.map(|word| serde_json::from_value(json!(word))).transpose()?)
+}
+
+fn layer_map(arguments: &Arguments) -> Option<LayerMapSpec> {
+    let map = &arguments.map;
+    let spec = LayerMapSpec {
+        layers: map.layers.clone(),
+        pattern: map.pattern.clone(),
+        solar: map.solar.map(|drop_layers| SolarSpec { drop_layers }),
+        midas: map.midas.map(|block_layers| MiddleBlockSpec { block_layers }),
+        lidas: map.lidas.map(|block_layers| MiddleBlockSpec { block_layers }),
+        llama_pro: map.llama_pro.map(|groups| LlamaProSpec { groups, copies: arguments.copies }),
+        zero_output: arguments.zero_output,
+    };
+    (spec != LayerMapSpec::default()).then_some(spec)
+}
+
+/// Tokens of the text to measure on.
+fn text(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<Option<Vec<u32>>> {
+    let Some(text) = &arguments.text else { return Ok(None) };
+    let tokenizer = folder.tokenizer()?.context("--text: the source has no tokenizer.json")?;
+    let tokenizer = Tokenizer::from_json(std::str::from_utf8(&tokenizer)?, None)?;
+    let source = DataSource {
+        uri: absolute(text),
+        weight: 1.0,
+        format: None,
+        field: "text".to_owned(),
+        max_bytes: None,
+    };
+    Ok(Some(data::tokens_of("--text", &source, &tokenizer, arguments.measure_tokens + 1)?))
 }
 
 fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result<GrownCheckpoint> {

@@ -13,6 +13,7 @@ mod train;
 
 use anyhow::Context;
 use clap::{Parser, Subcommand};
+use growth_crds::plan::PlanErrors;
 use growth_crds::protocol::{Outcome, contract};
 use growth_trainer::checkpoint::CheckpointError;
 use growth_trainer::collective::CollectiveError;
@@ -84,7 +85,7 @@ enum Command {
     /// Train one stage from a plan file: what a trainer pod runs
     Train(train::Arguments),
     /// Grow a checkpoint into the first one of a larger model
-    Grow(grow::Arguments),
+    Grow(Box<grow::Arguments>),
     /// Measure loss and perplexity of a checkpoint on a text
     Eval(eval::Arguments),
     /// Let a checkpoint write
@@ -198,6 +199,7 @@ fn message(error: &anyhow::Error) -> String {
 fn exit_code(error: &anyhow::Error) -> u8 {
     let bad_input = error.chain().any(|cause| {
         cause.is::<JobFileError>()
+            || cause.is::<PlanErrors>()
             || cause.downcast_ref().is_some_and(JobError::is_input_error)
             || cause.downcast_ref().is_some_and(TrainError::is_input_error)
             || cause.downcast_ref().is_some_and(GrowthError::is_input_error)

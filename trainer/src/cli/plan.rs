@@ -1,9 +1,11 @@
 //! `growth-trainer plan`
 
 use super::{End, Options, load_job, print_json};
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use comfy_table::{CellAlignment, Table, presets};
-use growth_crds::plan::{JobPlan, StagePlan, StageStart};
+use growth_crds::plan::guideline::{self, Guide};
+use growth_crds::plan::{GrowthPlan, JobPlan, StagePlan, StageStart, WidthMap};
+use growth_crds::quantity::TokenCount;
 use growth_trainer::progress::{bytes, count};
 use std::path::PathBuf;
 
@@ -12,7 +14,18 @@ use std::path::PathBuf;
 #[derive(clap::Args)]
 pub struct Arguments {
     /// Manifest of the job
-    job: PathBuf,
+    #[arg(required_unless_present = "guide")]
+    job: Option<PathBuf>,
+    /// Show what the paper's guidelines say of a target instead: when to grow, by how much, what the base is and costs,
+    /// and which speedup was measured. For --params and --tokens, or for the last stage of a job
+    #[arg(long, conflicts_with_all = ["stage", "output"])]
+    guide: bool,
+    /// Parameters of the target, those of embedding and head not counted: 1.1B
+    #[arg(long, requires = "guide", requires = "tokens", conflicts_with = "job", value_name = "COUNT")]
+    params: Option<TokenCount>,
+    /// Tokens of the target: 100B
+    #[arg(long, requires = "params", value_name = "COUNT")]
+    tokens: Option<TokenCount>,
     /// Write the plan of this stage as a plan file, for `growth-trainer train`
     #[arg(long, requires = "output")]
     stage: Option<String>,
@@ -23,7 +36,15 @@ pub struct Arguments {
 
 /// Shows the plan, or writes a stage's plan file.
 pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
-    let loaded = load_job(&arguments.job)?;
+    if let (Some(params), Some(tokens)) = (arguments.params, arguments.tokens) {
+        return show_guide(params.0 as f64, tokens.0 as f64, options);
+    }
+    let job = arguments.job.as_ref().context("give a job, or --guide with --params and --tokens")?;
+    let loaded = load_job(job)?;
+    if arguments.guide {
+        let last = loaded.plan.stages.last().context("the job has no stages")?;
+        return show_guide(last.parameters.non_embedding as f64, last.tokens as f64, options);
+    }
     if let (Some(stage), Some(output)) = (&arguments.stage, &arguments.output) {
         let plan = find_stage(&loaded.plan, stage)?;
         let text = serde_json::to_vec_pretty(plan)?;
@@ -42,6 +63,51 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
         println!("\nnote: {note}");
     }
     Ok(End::Done)
+}
+
+fn show_guide(parameters: f64, tokens: f64, options: &Options) -> anyhow::Result<End> {
+    ensure!(parameters >= 1.0 && tokens >= 1.0, "--params and --tokens must be above 0");
+    let guide = guideline::guide(parameters, tokens);
+    if options.json {
+        print_json(&guide)?;
+    } else {
+        println!("{}", describe_guide(&guide));
+    }
+    Ok(End::Done)
+}
+
+fn describe_guide(guide: &Guide) -> String {
+    let mut lines = vec![
+        format!(
+            "target      {} parameters, {} tokens, {:.2e} FLOP (6 N D)",
+            count(guide.parameters),
+            count(guide.tokens),
+            guide.flops
+        ),
+        format!(
+            "base        {} parameters (factor {}), {} tokens, {:.2e} FLOP",
+            count(guide.base_parameters),
+            guide.factor,
+            count(guide.base_tokens),
+            guide.base_flops
+        ),
+        format!(
+            "            costs as much as {} tokens of the target: {:.2} % of its budget",
+            count(guide.base_equivalent_tokens),
+            100.0 * guide.base_flops / guide.flops
+        ),
+        format!("both        {:.2e} FLOP", guide.total_flops),
+    ];
+    if let Some(speedup) = &guide.speedup {
+        lines.push(format!(
+            "speedup     {:.1} % more FLOP from scratch for the same training loss: measured in the paper (one seed) with {} parameters where scratch took {} tokens",
+            100.0 * speedup.value,
+            count(speedup.parameters),
+            count(speedup.tokens)
+        ));
+    }
+    lines.extend(guide.warnings.iter().map(|warning| format!("warning: {warning}")));
+    lines.join("\n")
 }
 
 /// The stage of that name.
@@ -84,14 +150,33 @@ fn table(plan: &JobPlan) -> String {
     table.to_string()
 }
 
+fn describe_growth(growth: &GrowthPlan) -> String {
+    let mut text =
+        format!("{:?} of {}: source layers {:?}", growth.operator, growth.from_stage, growth.layers);
+    if !growth.zero_output.is_empty() {
+        text += &format!(", with outputs of zero in {:?}", growth.zero_output);
+    }
+    if let Some(width) = &growth.width {
+        let change = |map: &WidthMap| format!("{} -> {}", map.source, map.target());
+        text += &format!(
+            ", hidden {}, heads {} ({} kv), intermediate {}",
+            change(&width.hidden),
+            change(&width.heads),
+            change(&width.key_value_heads),
+            change(&width.intermediate)
+        );
+    }
+    if let Some(noise) = &growth.noise {
+        text += &format!(", noise {}", noise.share);
+    }
+    format!("{text}, optimizer state {:?}", growth.optimizer_state)
+}
+
 fn describe(stage: &StagePlan) -> String {
     let start = match &stage.start {
         StageStart::Random { initializer } => format!("random weights ({initializer:?})"),
         StageStart::Checkpoint { uri } => format!("weights of {uri}"),
-        StageStart::Growth(growth) => format!(
-            "{:?} of {}: source layers {:?}, optimizer state {:?}",
-            growth.operator, growth.from_stage, growth.layers, growth.optimizer_state
-        ),
+        StageStart::Growth(growth) => describe_growth(growth),
     };
     let (model, training, memory) = (&stage.model, &stage.training, &stage.memory);
     format!(

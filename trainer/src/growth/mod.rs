@@ -1,22 +1,32 @@
 //! Growth: turns the last checkpoint of a small model into the first one of a larger model, tensor by tensor, so that
-//! memory does not depend on the model's size.
+//! memory does not depend on the model's size, and measures whether both compute the same.
 
-mod stack;
+mod depth;
+mod measure;
+mod transform;
 
-pub use stack::{LayerMapError, grown_config};
+pub use depth::{LayerMapError, grown_config};
+pub use measure::{DEFAULT_MEASURED_TOKENS, Measure};
 
 use crate::checkpoint::DEFAULT_SHARD_BYTES;
 use crate::checkpoint::{
     CheckpointError, CheckpointLocation, Commit, Commitment, ExtraFile, HuggingFaceFolder, Problem, ShardSet,
-    TensorIndex, commit_of, digest_bytes, list, model_specs, moment_specs, put_small_objects,
+    TensorIndex, commit_of, digest_bytes, list, model_specs, moment_specs, put_object, put_small_objects,
     put_trainer_state, read_trainer_state, refuse_if_committed, stage_folder, verify,
 };
 use crate::model::layout::ParameterLayout;
 use crate::storage::Storage;
+use growth_crds::plan::growth_map::{connection_rate, further_copies};
 use growth_crds::plan::{GrowthPlan, ModelConfig, OptimizerStatePolicy};
-use growth_crds::protocol::{CheckpointManifest, CheckpointObject, CheckpointOrigin};
+use growth_crds::protocol::{
+    CheckpointManifest, CheckpointObject, CheckpointOrigin, ConnectionRate, GROWTH_RECORD_FILE,
+    GrowthMeasurement, GrowthRecord,
+};
+use measure::{Sample, StoredModel};
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::sync::{Mutex, PoisonError};
+use transform::{Buffers, Transform};
 
 /// Files that belong to the tokenizer and to text generation; growth copies those that the source has.
 const COPIED_FILES: [&str; 9] = [
@@ -147,6 +157,8 @@ pub struct GrownCheckpoint {
     pub uri: String,
     /// Whether it was there before; nothing was written then.
     pub reused: bool,
+    /// What the growth step did, where the checkpoint says it.
+    pub record: Option<GrowthRecord>,
 }
 
 /// Grows the model in the folder `source`. `expected` is the architecture that the plan was made for, if one is
@@ -164,8 +176,24 @@ pub fn grow(
     files: &[ExtraFile],
     progress: Progress<'_>,
 ) -> Result<GrownCheckpoint> {
+    grow_and_measure(source, expected, plan, target, files, &Measure::default(), progress)
+}
+
+/// [`grow`], measured on tokens of the caller's choice.
+///
+/// # Errors
+/// As [`grow`].
+pub fn grow_and_measure(
+    source: &Storage,
+    expected: Option<&ModelConfig>,
+    plan: &GrowthPlan,
+    target: &GrowthTarget,
+    files: &[ExtraFile],
+    measure: &Measure,
+    progress: Progress<'_>,
+) -> Result<GrownCheckpoint> {
     let growth = Growth::open(source, expected, plan, DEFAULT_SHARD_BYTES)?;
-    growth.run(target, files, progress)
+    growth.run(target, files, measure, progress)
 }
 
 /// One growth step: everything is known and checked, nothing is written.
@@ -227,6 +255,7 @@ impl<'a> Growth<'a> {
         &self,
         target: &GrowthTarget,
         files: &[ExtraFile],
+        measure: &Measure,
         progress: Progress<'_>,
     ) -> Result<GrownCheckpoint> {
         // With a manifest the digest is known, and a finished growth step costs no read of the source.
@@ -243,8 +272,9 @@ impl<'a> Growth<'a> {
             return Ok(grown);
         }
         refuse_used_folder(target)?;
-        let manifest = self.write(target, origin, files, &meter)?;
-        Ok(GrownCheckpoint { manifest, uri: target.folder().uri().to_owned(), reused: false })
+        let (manifest, record) = self.write(target, origin, files, measure, &meter)?;
+        let uri = target.folder().uri().to_owned();
+        Ok(GrownCheckpoint { manifest, uri, reused: false, record: Some(record) })
     }
 
     fn origin(&self, source_digest: String) -> CheckpointOrigin {
@@ -306,23 +336,28 @@ impl<'a> Growth<'a> {
         target: &GrowthTarget,
         origin: CheckpointOrigin,
         files: &[ExtraFile],
+        measure: &Measure,
         meter: &Meter<'_>,
-    ) -> Result<CheckpointManifest> {
+    ) -> Result<(CheckpointManifest, GrowthRecord)> {
         let folder = target.folder();
         let files = self.files(files)?;
         let mut objects = put_small_objects(&folder, &self.config, self.source.token_ids(), &files)?;
         let model = self.model_shards();
-        objects.extend(self.write_shards(&folder, &model, self.source.tensors(), meter)?);
+        let weights = self.write_shards(&folder, &model, self.source.tensors(), meter)?;
+        let record = self.record(self.measure(target, &folder, &weights, measure)?);
+        objects.extend(weights);
         objects.push(model.write_index(&folder)?);
         if let Some(moments) = self.moment_shards() {
             let tensors = TensorIndex::read(self.source.folder(), &self.moments)?;
             objects.extend(self.write_shards(&folder, &moments, &tensors, meter)?);
         }
         objects.push(put_trainer_state(&folder, 0, 0, self.optimizer_step)?);
-        Ok(target.commitment(origin).commit(&folder, objects)?)
+        let text = format!("{:#}\n", json!(record));
+        objects.push(put_object(&folder, GROWTH_RECORD_FILE, text.into(), false)?);
+        Ok((target.commitment(origin).commit(&folder, objects)?, record))
     }
 
-    /// Copies every target tensor from its source, in pieces: memory is bounded by a piece, not by a tensor.
+    /// Makes every target tensor from its source, in pieces: memory is bounded by a piece, not by a tensor.
     fn write_shards(
         &self,
         folder: &Storage,
@@ -330,16 +365,72 @@ impl<'a> Growth<'a> {
         tensors: &TensorIndex,
         meter: &Meter<'_>,
     ) -> Result<Vec<CheckpointObject>> {
-        let source = self.source.folder();
-        let mut buffer = Vec::new();
+        let transform = Transform::new(self.plan, self.source.config(), &self.config, &self.layout);
+        let mut buffers = Buffers::default();
         shards.write(folder, |_, tensor, writer| {
-            let name = stack::source_name(&tensor.name, &self.plan.layers);
-            let place = tensors.expect(source, &name, &tensor.shape)?;
-            place.read(source, &mut buffer, |numbers| {
+            transform.write(tensor, (self.source.folder(), tensors), &mut buffers, |numbers| {
                 meter.add(4 * numbers.len() as u64);
-                Ok::<(), GrowthError>(writer.write_numbers(numbers)?)
+                Ok(writer.write_numbers(numbers)?)
             })
         })
+    }
+
+    /// Runs source and target, as it was written, on the same tokens.
+    fn measure(
+        &self,
+        target: &GrowthTarget,
+        folder: &Storage,
+        weights: &[CheckpointObject],
+        measure: &Measure,
+    ) -> Result<Option<GrowthMeasurement>> {
+        let job = match target {
+            GrowthTarget::Stage(location) => Some((&location.storage, location.job.as_str())),
+            GrowthTarget::Folder { .. } => None,
+        };
+        let Some(sample) = Sample::choose(measure, job, &self.config) else { return Ok(None) };
+        let names: Vec<String> = weights.iter().map(|object| object.name.clone()).collect();
+        let tensors = TensorIndex::read(folder, &names)?;
+        let source = StoredModel {
+            folder: self.source.folder(),
+            tensors: self.source.tensors(),
+            config: self.source.config(),
+        };
+        let target = StoredModel { folder, tensors: &tensors, config: &self.config };
+        measure::compare(&source, &target, &sample).map(Some)
+    }
+
+    fn record(&self, measured: Option<GrowthMeasurement>) -> GrowthRecord {
+        let (plan, source) = (self.plan, self.source.config());
+        let small = ParameterLayout::new(source);
+        let (kept, pairs) = connection_rate(&plan.layers);
+        let (expected, reason) = plan.effect(source.num_hidden_layers);
+        let new_layers: BTreeSet<u32> = further_copies(&plan.layers).into_iter().collect();
+        let mut record = GrowthRecord {
+            operator: plan.operator,
+            layers: plan.layers.clone(),
+            connection_rate: ConnectionRate { kept, pairs },
+            source_parameters: small.parameter_count(),
+            target_parameters: self.layout.parameter_count(),
+            optimizer_state: plan.optimizer_state,
+            expected,
+            reason: reason.to_owned(),
+            measured,
+            new_tensors: Vec::new(),
+            widened_tensors: Vec::new(),
+            zero_tensors: Vec::new(),
+        };
+        for tensor in self.layout.tensors() {
+            let from = small.find(&depth::source_name(&tensor.name, &plan.layers));
+            if tensor.layer.is_some_and(|layer| new_layers.contains(&layer)) {
+                record.new_tensors.push(tensor.name.clone());
+            } else if from.is_some_and(|from| from.shape != tensor.shape) {
+                record.widened_tensors.push(tensor.name.clone());
+            }
+            if transform::is_zeroed(plan, tensor) {
+                record.zero_tensors.push(tensor.name.clone());
+            }
+        }
+        record
     }
 
     /// The tokenizer's files: those of the source, then those handed in, which win.
@@ -379,7 +470,7 @@ fn reusable_of_stage(
             && manifest.origin.as_ref() == Some(origin)
             && verify(&folder, &manifest)?.is_empty()
         {
-            return Ok(Some(reused(&folder, *manifest)));
+            return reused(&folder, *manifest).map(Some);
         }
     }
     Ok(None)
@@ -395,12 +486,17 @@ fn reusable_folder(folder: &Storage, origin: &CheckpointOrigin) -> Result<Option
     }
     match verify(folder, &manifest)?.into_iter().next() {
         Some(problem) => Err(GrowthError::DamagedTarget(problem)),
-        None => Ok(Some(reused(folder, *manifest))),
+        None => reused(folder, *manifest).map(Some),
     }
 }
 
-fn reused(folder: &Storage, manifest: CheckpointManifest) -> GrownCheckpoint {
-    GrownCheckpoint { manifest, uri: folder.uri().to_owned(), reused: true }
+fn reused(folder: &Storage, manifest: CheckpointManifest) -> Result<GrownCheckpoint> {
+    // An earlier version wrote none; one that cannot be read says nothing about the checkpoint.
+    let record = match manifest.objects.iter().any(|object| object.name == GROWTH_RECORD_FILE) {
+        true => serde_json::from_slice(&folder.get(GROWTH_RECORD_FILE)?).ok(),
+        false => None,
+    };
+    Ok(GrownCheckpoint { manifest, uri: folder.uri().to_owned(), reused: true, record })
 }
 
 /// Compares the source with the architecture that the plan was made for, field by field.

@@ -9,6 +9,9 @@ fn plan(layers: &[u32], optimizer_state: OptimizerStatePolicy) -> GrowthPlan {
         from_stage: "small".to_owned(),
         operator: GrowthOperator::LayerMap,
         layers: layers.to_vec(),
+        zero_output: Vec::new(),
+        width: None,
+        noise: None,
         optimizer_state,
     }
 }
@@ -224,7 +227,7 @@ fn shard_size_bounds_the_objects() {
     let keep = plan(&[0, 1, 0, 1], OptimizerStatePolicy::Keep);
     let growth = Growth::open(&source.folder, None, &keep, 4000).unwrap();
     let target = GrowthTarget::Stage(location(&source.storage, "large", 1));
-    let grown = growth.run(&target, &[], &mut |_, _| ()).unwrap();
+    let grown = growth.run(&target, &[], &Measure::default(), &mut |_, _| ()).unwrap();
     assert!(grown.manifest.objects.len() > 10);
     let layout = ParameterLayout::new(&grown_config(&source.config, &keep).unwrap());
     let state = load(&source.storage, &grown.manifest, &layout).unwrap();

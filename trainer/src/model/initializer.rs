@@ -23,7 +23,11 @@ pub fn initialize(config: &ModelConfig, initializer: Initializer, seed: u64) -> 
 
 /// The released code of "Stacking Your Transformers": sqrt(2 / (5 fan_in)), and 1 / (sqrt(fan_in) layers) for the
 /// MLP's down projection.
-fn standard_deviation(tensor: &ParameterTensor, config: &ModelConfig, initializer: Initializer) -> f64 {
+pub(crate) fn standard_deviation(
+    tensor: &ParameterTensor,
+    config: &ModelConfig,
+    initializer: Initializer,
+) -> f64 {
     let fan_in = tensor.shape.last().copied().unwrap_or(1) as f64;
     match initializer {
         Initializer::HuggingFace => HUGGING_FACE_STD,

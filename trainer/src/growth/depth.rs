@@ -1,5 +1,6 @@
-//! Depth growth: which source layer every target layer copies.
+//! Whether a growth plan fits its source, and which source layer every target layer copies.
 
+use growth_crds::plan::growth_width::WidthPlanError;
 use growth_crds::plan::{GrowthOperator, GrowthPlan, ModelConfig};
 
 /// Why a growth plan cannot be carried out.
@@ -36,6 +37,17 @@ pub enum LayerMapError {
         /// Layers of the source.
         source_layers: u32,
     },
+    /// A layer is to be zeroed that the target does not have.
+    #[error("zeroOutput of the growth plan names layer {layer}, but the target has {target_layers} layers")]
+    ZeroOutOfRange {
+        /// The layer.
+        layer: u32,
+        /// Layers of the target.
+        target_layers: usize,
+    },
+    /// The widths do not fit.
+    #[error(transparent)]
+    Width(#[from] WidthPlanError),
     /// The plan says `Stack` but ends inside a repetition.
     #[error(
         "the growth plan makes {found} layers by Stack, but the source has {source_layers}: make a multiple of it, \
@@ -49,14 +61,16 @@ pub enum LayerMapError {
     },
 }
 
-/// The configuration of the grown model: the source's with as many layers as the plan lists.
+/// The configuration of the grown model.
 ///
 /// # Errors
-/// When the list does not fit the source.
+/// When the plan does not fit the source.
 pub fn grown_config(source: &ModelConfig, plan: &GrowthPlan) -> Result<ModelConfig, LayerMapError> {
     check(source.num_hidden_layers, plan)?;
-    let layers = u32::try_from(plan.layers.len()).unwrap_or(u32::MAX);
-    Ok(ModelConfig { num_hidden_layers: layers, ..source.clone() })
+    if let Some(width) = &plan.width {
+        width.check(source)?;
+    }
+    Ok(plan.grown(source))
 }
 
 fn check(source_layers: u32, plan: &GrowthPlan) -> Result<(), LayerMapError> {
@@ -68,9 +82,13 @@ fn check(source_layers: u32, plan: &GrowthPlan) -> Result<(), LayerMapError> {
             return Err(LayerMapError::OutOfRange { target, source_layer, source_layers });
         }
     }
+    let target_layers = plan.layers.len();
+    if let Some(&layer) = plan.zero_output.iter().find(|layer| **layer as usize >= target_layers) {
+        return Err(LayerMapError::ZeroOutOfRange { layer, target_layers });
+    }
     match plan.operator {
         GrowthOperator::Stack => check_stack(source_layers, &plan.layers),
-        GrowthOperator::LayerMap => Ok(()),
+        _ => Ok(()),
     }
 }
 
@@ -106,6 +124,9 @@ mod tests {
             from_stage: "small".to_owned(),
             operator,
             layers: layers.to_vec(),
+            zero_output: Vec::new(),
+            width: None,
+            noise: None,
             optimizer_state: OptimizerStatePolicy::Reset,
         }
     }
@@ -131,6 +152,14 @@ mod tests {
             error.to_string(),
             "layers[1] of the growth plan is 6, but the source has 6 layers: write 0 to 5"
         );
+    }
+
+    #[test]
+    fn only_layers_of_the_target_are_zeroed() {
+        let mut plan = plan(GrowthOperator::ZeroDepth, &[0, 0, 1, 1]);
+        plan.zero_output = vec![1, 4];
+        let error = check(2, &plan).unwrap_err();
+        assert_eq!(error, LayerMapError::ZeroOutOfRange { layer: 4, target_layers: 4 });
     }
 
     #[test]

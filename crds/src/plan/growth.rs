@@ -1,0 +1,230 @@
+//! The growth of a stage: depth and width, resolved to a plan that a trainer only carries out.
+
+use super::architecture::check_grown_model;
+use super::error::{Findings, PlanErrors};
+use super::growth_depth::{Depth, DepthRequest};
+use super::growth_map::MAX_LAYERS;
+use super::growth_width::WidthRequest;
+use super::{GrowthOperator, GrowthPlan, Initializer, ModelConfig, NoisePlan, WidthPlan, WidthRule};
+use crate::spec::model::ModelSpec;
+use crate::spec::stage::GrowthSpec;
+use serde::{Deserialize, Serialize};
+
+/// What a growth does to the function that the model computes.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GrowthEffect {
+    /// Nothing, but for rounding.
+    Preserving,
+    /// The loss jumps, and has to be trained down again.
+    Spike,
+}
+
+impl GrowthPlan {
+    /// What the growth of a source with so many layers does to its function, and why.
+    pub fn effect(&self, source_layers: u32) -> (GrowthEffect, &'static str) {
+        let live = (0u32..).zip(&self.layers).filter(|(target, _)| !self.zero_output.contains(target));
+        if !live.map(|(_, source)| *source).eq(0..source_layers) {
+            return (GrowthEffect::Spike, "layers run more than once, or in another order");
+        }
+        if let Some(width) = &self.width
+            && matches!(width.rule, WidthRule::Direct { .. })
+            && !width.hidden.is_uniform()
+        {
+            return (
+                GrowthEffect::Spike,
+                "channels have different numbers of copies, which the norms do not even out",
+            );
+        }
+        if self.noise.is_some() {
+            return (GrowthEffect::Spike, "noise is mixed in");
+        }
+        let reason = match self.width.as_deref() {
+            Some(WidthPlan { rule: WidthRule::Direct { .. }, .. }) => {
+                "what reads a channel is divided among its copies"
+            }
+            Some(WidthPlan { rule: WidthRule::Zero { .. }, .. }) => "new channels are zero at first",
+            None if self.zero_output.is_empty() => "nothing is new",
+            None => "new layers add nothing at first",
+        };
+        (GrowthEffect::Preserving, reason)
+    }
+
+    /// The source with the depth and the widths of the target.
+    pub fn grown(&self, source: &ModelConfig) -> ModelConfig {
+        let num_hidden_layers = u32::try_from(self.layers.len()).unwrap_or(MAX_LAYERS);
+        let widened = self.width.as_ref().map_or_else(|| source.clone(), |width| width.grown(source));
+        ModelConfig { num_hidden_layers, ..widened }
+    }
+}
+
+/// What the growth of a stage is resolved from.
+pub(super) struct GrowthRequest<'a> {
+    pub growth: &'a GrowthSpec,
+    pub model: Option<&'a ModelSpec>,
+    /// The stage: `spec.stages[1]`.
+    pub field: &'a str,
+    pub source: &'a ModelConfig,
+    pub from_stage: &'a str,
+    /// Distribution of random weights.
+    pub initializer: Initializer,
+    pub seed: u64,
+}
+
+impl GrowthRequest<'_> {
+    /// The plan, or `None` with the reason in `findings`.
+    pub fn resolve(&self, findings: &mut Findings) -> Option<GrowthPlan> {
+        check_grown_model(self.growth.operator, self.model, self.field, findings);
+        self.check_options(findings)?;
+        let depth = self.depth(findings);
+        let width = match self.growth.operator.is_width() {
+            true => Some(Box::new(self.width(findings)?)),
+            false => None,
+        };
+        let Depth { layers, zero_output } = depth?;
+        Some(GrowthPlan {
+            from_stage: self.from_stage.to_owned(),
+            operator: self.growth.operator,
+            layers,
+            zero_output,
+            width,
+            noise: self.noise(findings)?,
+            optimizer_state: self.growth.optimizer_state,
+        })
+    }
+
+    fn target_layers(&self) -> Option<u32> {
+        self.model.and_then(|model| model.num_hidden_layers)
+    }
+
+    /// The depth's operator: that of the growth, or of its `depth`.
+    fn depth_operator(&self) -> Option<GrowthOperator> {
+        let growth = self.growth;
+        if growth.operator.is_width() {
+            growth.depth.map(|depth| depth.operator)
+        } else {
+            Some(growth.operator)
+        }
+    }
+
+    /// Options of other operators.
+    fn check_options(&self, findings: &mut Findings) -> Option<()> {
+        let (growth, depth) = (self.growth, self.depth_operator());
+        let wrong = [
+            ("layerMap", "LayerMap", growth.layer_map.is_some() && depth != Some(GrowthOperator::LayerMap)),
+            (
+                "zeroDepth",
+                "ZeroDepth",
+                growth.zero_depth.is_some() && depth != Some(GrowthOperator::ZeroDepth),
+            ),
+            (
+                "directWidth",
+                "DirectWidth",
+                growth.direct_width.is_some() && growth.operator != GrowthOperator::DirectWidth,
+            ),
+        ];
+        let mut fine = Some(());
+        for (name, operator, _) in wrong.into_iter().filter(|(.., wrong)| *wrong) {
+            let message = format!("{name} belongs to operator {operator}; remove it or change operator");
+            findings.error(format!("{}.growth.{name}", self.field), message);
+            fine = None;
+        }
+        if growth.depth.is_some() && !growth.operator.is_width() {
+            let message = format!(
+                "depth belongs to DirectWidth and ZeroWidth; {:?} grows the depth already, remove it",
+                growth.operator
+            );
+            findings.error(format!("{}.growth.depth", self.field), message);
+            fine = None;
+        }
+        fine
+    }
+
+    fn depth(&self, findings: &mut Findings) -> Option<Depth> {
+        let (field, source_layers) = (self.field, self.source.num_hidden_layers);
+        let target_layers = self.target_layers();
+        let Some(operator) = self.depth_operator() else {
+            if target_layers.is_some_and(|target| target != source_layers) {
+                let message = format!(
+                    "{:?} keeps the {source_layers} layers of the source; remove it, or add growth.depth",
+                    self.growth.operator
+                );
+                findings.error(format!("{field}.model.numHiddenLayers"), message);
+                return None;
+            }
+            return Some(Depth { layers: (0..source_layers).collect(), zero_output: Vec::new() });
+        };
+        if operator.is_width() {
+            let message =
+                format!("{operator:?} does not grow the depth; use Stack, Interleave, LayerMap or ZeroDepth");
+            findings.error(format!("{field}.growth.depth.operator"), message);
+            return None;
+        }
+        let (factor, place) = match self.growth.depth {
+            Some(depth) => (depth.factor, format!("{field}.growth.depth")),
+            None => (self.growth.factor, format!("{field}.growth")),
+        };
+        let growth = self.growth;
+        DepthRequest { operator, factor, place, growth, field, target_layers, source_layers }
+            .resolve(findings)
+    }
+
+    fn width(&self, findings: &mut Findings) -> Option<WidthPlan> {
+        let (growth, field, source) = (self.growth, self.field, self.source);
+        if growth.factor.is_some_and(|factor| factor < 2) {
+            findings.error(format!("{field}.growth.factor"), "a factor below 2 does not grow; use 2 or more");
+            return None;
+        }
+        let model = self.model.cloned().unwrap_or_default();
+        let (initializer, seed) = (self.initializer, self.seed);
+        WidthRequest { growth, model: &model, field, source, initializer, seed }.resolve(findings)
+    }
+
+    fn noise(&self, findings: &mut Findings) -> Option<Option<NoisePlan>> {
+        let Some(share) = self.growth.noise.filter(|share| *share != 0.0) else { return Some(None) };
+        if !(0.0..=1.0).contains(&share) {
+            let message = format!("{share} is no share; use a number from 0 to 1");
+            findings.error(format!("{}.growth.noise", self.field), message);
+            return None;
+        }
+        if share > 0.2 {
+            findings.note(format!("{}: noise above 0.2 was clearly worse in the paper", self.field));
+        }
+        Some(Some(NoisePlan { share, seed: self.seed }))
+    }
+}
+
+/// A growth outside of a job.
+#[derive(Debug, Clone, Copy)]
+pub struct CheckpointGrowth<'a> {
+    /// How it grows.
+    pub growth: &'a GrowthSpec,
+    /// Sizes of the target that differ, as in a stage.
+    pub model: &'a ModelSpec,
+    /// Architecture of the source.
+    pub source: &'a ModelConfig,
+    /// Seed of random weights and noise.
+    pub seed: u64,
+}
+
+/// Resolves a growth outside of a job, and what a person should know of it. Fields in errors begin with `stage`.
+///
+/// # Errors
+/// Everything that is wrong, as far as one pass can tell.
+pub fn resolve_checkpoint_growth(
+    CheckpointGrowth { growth, model, source, seed }: CheckpointGrowth<'_>,
+) -> Result<(GrowthPlan, Vec<String>), PlanErrors> {
+    let mut findings = Findings::default();
+    let initializer = model.initializer.unwrap_or_default();
+    let request = GrowthRequest {
+        growth,
+        model: Some(model),
+        field: "stage",
+        source,
+        from_stage: "source",
+        initializer,
+        seed,
+    };
+    let plan = request.resolve(&mut findings);
+    let notes = findings.finish()?;
+    plan.map(|plan| (plan, notes)).ok_or_else(|| PlanErrors::of("stage.growth", "it cannot be carried out"))
+}

@@ -1,0 +1,78 @@
+//! What a growth step did and what was measured: `growth.json` in the grown checkpoint, a record beside the state.
+
+use crate::plan::{GrowthOperator, OptimizerStatePolicy, growth::GrowthEffect};
+use serde::{Deserialize, Serialize};
+
+/// Name of the record inside a checkpoint's folder.
+pub const GROWTH_RECORD_FILE: &str = "growth.json";
+
+/// What a growth step did.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GrowthRecord {
+    /// The operator.
+    pub operator: GrowthOperator,
+    /// Source layer of every target layer.
+    pub layers: Vec<u32>,
+    /// Neighbours of the source that are still neighbours, and all pairs: the paper's connection rate R_c.
+    pub connection_rate: ConnectionRate,
+    /// Parameters before.
+    pub source_parameters: u64,
+    /// Parameters after.
+    pub target_parameters: u64,
+    /// What became of the moments.
+    pub optimizer_state: OptimizerStatePolicy,
+    /// What the growth does to the function by its definition.
+    pub expected: GrowthEffect,
+    /// Why.
+    pub reason: String,
+    /// What was measured; absent where measuring was switched off.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<GrowthMeasurement>,
+    /// Tensors of layers that are further copies of their source.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub new_tensors: Vec<String>,
+    /// Tensors that got rows or columns.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub widened_tensors: Vec<String>,
+    /// Tensors that are zero at first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub zero_tensors: Vec<String>,
+}
+
+/// The connection rate as a fraction.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct ConnectionRate {
+    /// Pairs of neighbours that are neighbours in the source.
+    pub kept: usize,
+    /// All pairs of neighbours.
+    pub pairs: usize,
+}
+
+/// Source and target on the same tokens. A number that is not finite is absent.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GrowthMeasurement {
+    /// The tokens.
+    pub sample: GrowthSample,
+    /// How many were predicted.
+    pub tokens: u64,
+    /// Largest absolute difference of two logits.
+    pub max_logit_difference: Option<f64>,
+    /// Largest absolute logit of the source.
+    pub max_logit: Option<f64>,
+    /// Mean loss of the source, in nats.
+    pub loss_before: Option<f64>,
+    /// Mean loss of the target, in nats.
+    pub loss_after: Option<f64>,
+}
+
+/// Tokens that a growth step was measured on.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GrowthSample {
+    /// Held-out text of the job.
+    HeldOut,
+    /// Seeded random tokens, where no text is known: only the difference of the losses means something.
+    Random,
+}
