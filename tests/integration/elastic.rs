@@ -225,6 +225,7 @@ async fn a_node_is_lost_under_a_gang() -> Result<()> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: a minute or two"]
 async fn a_rank_is_killed() -> Result<()> {
     let Some((environment, _, _alone)) = own_cluster().await else { return Ok(()) };
     let test = async |namespace: &TestNamespace, job| {

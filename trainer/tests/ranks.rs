@@ -160,6 +160,40 @@ fn other_numbers_of_ranks_come_close_and_repeat_themselves() {
     assert!(largest > 0.0 && largest < 2e-3, "{largest}");
 }
 
+#[test]
+fn memory_of_a_rank_is_what_the_plan_says() {
+    let config = ModelConfig {
+        hidden_size: 256,
+        intermediate_size: 688,
+        num_hidden_layers: 4,
+        num_attention_heads: 4,
+        num_key_value_heads: 4,
+        head_dim: 64,
+        vocab_size: 4096,
+        max_position_embeddings: 256,
+        rope_theta: 1e4,
+        rms_norm_eps: 1e-5,
+        tie_word_embeddings: false,
+    };
+    let sizes = StepSizes { sequence: 64, micro_batch_tokens: 64, global_batch_tokens: 512 };
+    for world_size in [1, 2, 4, 8] {
+        let predicted = config.memory(64, 8, world_size as u64);
+        for rank in 0..world_size {
+            let engine = StepEngine::new(config.clone(), sizes, rank, world_size);
+            let moments = 2 * size_of::<f32>() * engine.shards().own_len();
+            let found = engine.bytes() + moments as u64;
+            let expected =
+                predicted.activations_bytes + predicted.gradients_bytes + predicted.optimizer_bytes;
+            let ratio = found as f64 / expected as f64;
+            println!(
+                "{world_size} ranks: {found} bytes, of which {moments} moments; plan / found {ratio:.4}"
+            );
+            // Slices end at whole units.
+            assert!((0.98..1.02).contains(&ratio), "rank {rank} of {world_size}: {ratio}");
+        }
+    }
+}
+
 /// State digests of both stages.
 fn digests(folder: &Folder) -> [String; 2] {
     ["small", "large"].map(|stage| folder.final_state(stage))

@@ -182,7 +182,7 @@ fn describe(stage: &StagePlan) -> String {
     format!(
         "{}\n  starts from   {start}\n  model         hidden {}, {} heads ({} kv) of {}, intermediate {}, vocabulary \
          {}\n  batch         {} tokens in micro-batches of {}, sequences of {}\n  data          from token {}\n  \
-         memory        weights {}, gradients {}, moments {}, activations {}, checkpoint copy {}",
+         memory        weights {}, gradients {}, moments {}, activations {}, checkpoint copy {}, between ranks {}",
         stage.stage,
         model.hidden_size,
         model.num_attention_heads,
@@ -199,5 +199,6 @@ fn describe(stage: &StagePlan) -> String {
         bytes(memory.optimizer_bytes),
         bytes(memory.activations_bytes),
         bytes(memory.snapshot_bytes),
+        bytes(memory.communication_bytes),
     )
 }

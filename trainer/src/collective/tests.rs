@@ -7,7 +7,7 @@ use crate::ops::gradient::GradientTree;
 use crate::ops::testing::uniform;
 use proptest::prelude::*;
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::time::Instant;
 
 /// `len` elements in `world` slices, uneven where they must be.

@@ -252,6 +252,12 @@ impl<'a> StageRun<'a> {
             None => checkpoint::next_attempt(storage, &plan.job, &plan.stage)?,
         };
         let (rank, world_size) = (collective.rank(), collective.world_size());
+        if rank == 0 && !ranks::keeps_bits(training.micro_batches(), world_size as u64) {
+            reporter.note(&format!(
+                "note: {world_size} ranks round sums in an order of their own (reproducible: false): another number of \
+                 ranks ends in slightly different weights"
+            ));
+        }
         let engine = StepEngine::new(plan.model.clone(), sizes_of(training), rank, world_size);
         let Start { state, history, resumed } = start_state(inputs, &engine, collective, reporter)?;
         let location = CheckpointLocation {
