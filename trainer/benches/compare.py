@@ -12,6 +12,7 @@ import shlex
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 OURS_DEFAULT = "cargo bench -q -p growth-trainer --bench step --"
@@ -68,13 +69,15 @@ def command(contender, shape, a):
 
 def measure(contender, shape, a):
     """Runs one process; returns its JSON line."""
+    begin = time.monotonic()
     done = subprocess.run(
         command(contender, shape, a), cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     if done.returncode != 0:
         sys.exit(f"{contender} on {shape} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     line = next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{"))
-    return json.loads(line)
+    # With --warmup 0 --steps 1 that is the time from a process's start to its first step.
+    return {**json.loads(line), "process_seconds": time.monotonic() - begin}
 
 
 def run_rounds(shape, a):
@@ -131,6 +134,10 @@ def main():
         for shape, results in everything.items():
             for name in "waited_seconds", "wire_seconds", "copy_seconds":
                 print(f"{shape}, {a.ranks} ranks: {name} {statistics.median(m[name] for m in results['ranks']):.4f}")
+    for shape, results in everything.items():
+        for name, measurements in results.items():
+            seconds = statistics.median(m["process_seconds"] for m in measurements)
+            print(f"{shape}: {a.names[name]}: {seconds:.2f} s from the start of the process to its end")
     if a.json:
         settings = {"rounds": a.rounds, "warmup": a.warmup, "steps": a.steps, "threads": a.threads}
         a.json.write_text(json.dumps({"settings": settings, "shapes": SHAPES, "results": everything}, indent=1) + "\n")

@@ -242,11 +242,10 @@ impl Processes {
     /// Which process has ended, if one has.
     fn ended(&self) -> Option<String> {
         let mut children = self.children();
-        let ended = children.iter_mut().enumerate().find_map(|(index, child)| {
+        children.iter_mut().enumerate().find_map(|(index, child)| {
             let status = child.try_wait().ok().flatten()?;
             Some(format!("rank {} has ended ({status})", index + 1))
-        });
-        ended
+        })
     }
 
     /// Waits until all have ended, for a while.

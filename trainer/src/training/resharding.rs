@@ -97,6 +97,12 @@ enum Reading {
     Damaged(String),
 }
 
+/// A checkpoint that all ranks have read: the objects of this one, and which tensors each has.
+struct Readings {
+    state: TrainingState,
+    by_rank: Vec<Vec<StateTensor>>,
+}
+
 /// The newest good checkpoint of a stage, read by all ranks together; `None` when there is none.
 ///
 /// # Errors
@@ -114,8 +120,8 @@ pub fn resume(
     }
     for manifest in candidates(storage, job, stage, collective, warn)? {
         match read(storage, &manifest, layout, collective, warn)? {
-            Some(reading) => {
-                let state = spread(reading, layout, shards, collective)?;
+            Some(readings) => {
+                let state = spread(readings, layout, shards, collective)?;
                 return Ok(Some((manifest, state)));
             }
             None => continue,
@@ -154,7 +160,7 @@ fn read(
     layout: &ParameterLayout,
     collective: &mut dyn Collective,
     warn: &mut dyn FnMut(String),
-) -> Result<Option<(TrainingState, Vec<Vec<StateTensor>>)>, ReshardError> {
+) -> Result<Option<Readings>, ReshardError> {
     let (rank, world_size) = (collective.rank(), collective.world_size());
     let (state, mine) = match checkpoint::load_part(storage, manifest, layout, rank, world_size) {
         Ok(LoadedPart { state, tensors }) => (state, Reading::Good(tensors)),
@@ -173,12 +179,12 @@ fn read(
         return Ok(None);
     }
     LoadedPart::check_complete(storage, manifest, layout, &by_rank.concat())?;
-    Ok(Some((state, by_rank)))
+    Ok(Some(Readings { state, by_rank }))
 }
 
 /// Gives every rank all weights and its part of the moments.
 fn spread(
-    (mut state, by_rank): (TrainingState, Vec<Vec<StateTensor>>),
+    Readings { mut state, by_rank }: Readings,
     layout: &ParameterLayout,
     shards: &Shards,
     collective: &mut dyn Collective,
