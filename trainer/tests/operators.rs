@@ -164,7 +164,7 @@ impl Folder {
         state
     }
 
-    fn grow(&self, from: &str, to: &str, plan: &GrowthPlan, measure: &Measure) -> GrownCheckpoint {
+    fn grow(&self, from: &str, to: &str, plan: &GrowthPlan, measure: &Measure<'_>) -> GrownCheckpoint {
         let folder = self.storage.join(to);
         let target = GrowthTarget::Folder { folder, job: "job".to_owned(), stage: "large".to_owned() };
         let source = self.storage.join(from);
@@ -570,7 +570,7 @@ fn kept_moments_are_those_of_old_weights() {
         let growth = json!({"operator": operator, "factor": 2, "optimizerState": "Keep"});
         let plan = resolve(&source.config, &spec(growth), &ModelSpec::default());
         assert_eq!(plan.optimizer_state, OptimizerStatePolicy::Keep);
-        let grown = folder.grow("source", operator, &plan, &Measure { tokens: 0, text: None });
+        let grown = folder.grow("source", operator, &plan, &Measure { tokens: 0, ..Measure::default() });
         assert_eq!(grown.record.unwrap().measured, None);
         let layout = ParameterLayout::new(&plan.grown(&source.config));
         let wide = state(&folder, operator, &grown.manifest, &layout);
@@ -698,7 +698,7 @@ fn what_is_measured_is_what_the_models_compute() {
     let plan =
         resolve(&source.config, &spec(json!({"operator": "Stack", "factor": 3})), &ModelSpec::default());
     let text = tokens(23, 200, 8);
-    let measure = Measure { tokens: 150, text: Some(text.clone()) };
+    let measure = Measure { tokens: 150, text: Some(text.clone()), ..Measure::default() };
     let grown = folder.grow("source", "grown", &plan, &measure);
     let again = folder.grow("source", "grown", &plan, &measure);
     assert!(again.reused && again.record == grown.record);

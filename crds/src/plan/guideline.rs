@@ -26,6 +26,17 @@ pub fn is_fitted(parameters: f64, flops: f64) -> bool {
     FITTED_PARAMETERS.contains(&parameters) && FITTED_FLOPS.contains(&flops)
 }
 
+/// These models and budgets, in words.
+pub(super) fn fitted_range() -> String {
+    format!(
+        "{} to {} parameters and {:e} to {:e} FLOP",
+        about(*FITTED_PARAMETERS.start()),
+        about(*FITTED_PARAMETERS.end()),
+        FITTED_FLOPS.start(),
+        FITTED_FLOPS.end()
+    )
+}
+
 /// Speedups that the paper printed: target parameters, tokens that training from scratch would take, and how much
 /// more arithmetic that is than growing.
 const SPEEDUPS: [(f64, f64, f64); 9] = [
@@ -105,11 +116,8 @@ pub fn guide(parameters: f64, tokens: f64) -> Guide {
     }
     if !is_fitted(parameters, flops) {
         warnings.push(format!(
-            "the formula was fitted on {} to {} parameters and {:e} to {:e} FLOP; this target has {} and {flops:.1e}",
-            about(*FITTED_PARAMETERS.start()),
-            about(*FITTED_PARAMETERS.end()),
-            FITTED_FLOPS.start(),
-            FITTED_FLOPS.end(),
+            "the formula was fitted on {}; this target has {} and {flops:.1e}",
+            fitted_range(),
             about(parameters)
         ));
     }

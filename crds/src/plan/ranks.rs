@@ -4,6 +4,7 @@
 //! aligned run of 2^k micro-batches owns a subtree, so any number of such ranks computes the sum that one alone does, bit
 //! for bit.
 
+use super::TrainingPlan;
 use super::error::Findings;
 use crate::spec::stage::{ElasticSpec, StageSpec};
 use std::ops::Range;
@@ -43,6 +44,24 @@ pub fn elastic_sizes(elastic: &ElasticSpec, micro_batches: u64, reproducible: bo
     let possible = possible_sizes(micro_batches, bounds, reproducible);
     let allowed = |size: &i32| elastic.allowed_replicas.as_ref().is_none_or(|sizes| sizes.contains(size));
     possible.into_iter().filter_map(|size| i32::try_from(size).ok()).filter(allowed).collect()
+}
+
+/// The sizes that a stage may have, smallest first; one that is not elastic has one.
+pub fn stage_sizes(stage: &StageSpec, training: &TrainingPlan) -> Vec<i32> {
+    match &stage.elastic {
+        Some(elastic) => elastic_sizes(elastic, training.micro_batches(), training.reproducible),
+        None => vec![stage.replicas.unwrap_or(1)],
+    }
+}
+
+/// The largest of the sizes, which ascend, that is at most `most`.
+pub fn largest_size(sizes: &[i32], most: i32) -> Option<i32> {
+    sizes.iter().rev().copied().find(|size| *size <= most)
+}
+
+/// The size that a stage should have when the job wants `replicas`: the next smaller one, else the smallest.
+pub fn wanted_size(sizes: &[i32], replicas: i32) -> i32 {
+    largest_size(sizes, replicas).or(sizes.first().copied()).unwrap_or(1)
 }
 
 /// The fewest pods that the stage trains on; wrong numbers become findings.

@@ -3,7 +3,7 @@
 use super::architecture::first_architecture;
 use super::error::{Findings, PlanErrors};
 use super::growth::GrowthRequest;
-use super::guideline::{self, FITTED_FLOPS, FITTED_PARAMETERS, LARGEST_SHARE};
+use super::guideline::{self, LARGEST_SHARE};
 use super::ranks::check_replicas;
 use super::training::{Batch, resolve_batch, resolve_checkpoint, resolve_evaluation, resolve_training};
 use super::{JobPlan, ModelConfig, StagePlan, StageStart};
@@ -247,11 +247,8 @@ impl Auto<'_> {
         note += &format!("; it trains {tokens} in {steps} steps");
         if !guideline::is_fitted(parameters, flops) {
             note += &format!(
-                "; the guideline was fitted on {} to {} parameters and {:e} to {:e} FLOP, this target has {} and {flops:.1e}: judge for yourself",
-                about(*FITTED_PARAMETERS.start()),
-                about(*FITTED_PARAMETERS.end()),
-                FITTED_FLOPS.start(),
-                FITTED_FLOPS.end(),
+                "; the guideline was fitted on {}, this target has {} and {flops:.1e}: judge for yourself",
+                guideline::fitted_range(),
                 about(parameters),
             );
         }

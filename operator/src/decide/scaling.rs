@@ -11,7 +11,7 @@ use crate::observed::{has_ended, is_true, unreachable_since};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::conditions::{ConditionType, Reason};
 use growth_crds::plan::JobPlan;
-use growth_crds::plan::ranks::elastic_sizes;
+use growth_crds::plan::ranks::{largest_size, stage_sizes, wanted_size};
 use growth_crds::spec::stage::ElasticSpec;
 use growth_crds::status::CapacityStatus;
 use jiff::Timestamp;
@@ -27,25 +27,14 @@ const CAPACITY_TIMEOUT_SECONDS: i32 = 60;
 /// A size for which there were no nodes costs the pods a restart each time it is tried.
 const LEAST_RETRY_SECONDS: i32 = 600;
 
-/// Sizes that a stage may have, smallest first. A fixed stage has one.
+/// Sizes that a stage may have, smallest first.
 fn sizes(job: &GrowthTrainingJob, plan: &JobPlan, index: usize) -> Vec<i32> {
-    let stage = &job.spec.stages[index];
-    match (&stage.elastic, plan.stages.get(index)) {
-        (Some(elastic), Some(plan)) => {
-            elastic_sizes(elastic, plan.training.micro_batches(), plan.training.reproducible)
-        }
-        _ => vec![stage.replicas.unwrap_or(1)],
-    }
-}
-
-fn largest(sizes: &[i32], most: i32) -> Option<i32> {
-    sizes.iter().rev().copied().find(|size| *size <= most)
+    plan.stages.get(index).map_or_else(Vec::new, |plan| stage_sizes(&job.spec.stages[index], &plan.training))
 }
 
 /// The size that a stage should have.
-fn wanted_size(job: &GrowthTrainingJob, plan: &JobPlan, index: usize) -> i32 {
-    let sizes = sizes(job, plan, index);
-    largest(&sizes, job.spec.replicas).or(sizes.first().copied()).unwrap_or(1)
+fn wanted_of(job: &GrowthTrainingJob, plan: &JobPlan, index: usize) -> i32 {
+    wanted_size(&sizes(job, plan, index), job.spec.replicas)
 }
 
 /// What there was room for, if what was wanted then is wanted now.
@@ -65,7 +54,7 @@ fn retry_delay(elastic: &ElasticSpec) -> i64 {
 /// The size of the attempt that is about to start.
 pub(super) fn next_size(draft: &mut Draft<'_>, plan: &JobPlan, work: Work) -> i32 {
     let Work::Train(index) = work else { return 1 };
-    let wanted = wanted_size(draft.job, plan, index);
+    let wanted = wanted_of(draft.job, plan, index);
     let size = room(draft, plan, index, wanted).unwrap_or(wanted);
     draft.stage_mut(index).desired_replicas = Some(wanted);
     settle(draft, format!("the next attempt has {size} replicas"));
@@ -77,7 +66,7 @@ fn room(draft: &Draft<'_>, plan: &JobPlan, index: usize, wanted: i32) -> Option<
     let elastic = draft.job.spec.stages[index].elastic.as_ref()?;
     let capacity = shortage_of(draft, index, wanted)?;
     let is_old = draft.now.as_second() >= capacity.time.0.as_second() + retry_delay(elastic);
-    let room = largest(&sizes(draft.job, plan, index), capacity.replicas)?;
+    let room = largest_size(&sizes(draft.job, plan, index), capacity.replicas)?;
     (!is_old).then_some(room)
 }
 
@@ -102,7 +91,7 @@ pub(super) struct Gang<'a> {
 /// Why the attempt should end so that the next one has another size, if it should.
 pub(super) fn resize(draft: &mut Draft<'_>, plan: &JobPlan, gang: &Gang<'_>) -> Option<Failure> {
     let Gang { index, size, pods, is_ready } = *gang;
-    let wanted = wanted_size(draft.job, plan, index);
+    let wanted = wanted_of(draft.job, plan, index);
     draft.stage_mut(index).desired_replicas = Some(wanted);
     let elastic = draft.job.spec.stages[index].elastic.as_ref()?;
     if pods.iter().any(|pod| has_ended(pod)) {
@@ -194,7 +183,7 @@ fn go_on_with_fewer(
     let (since, why) = unscheduled(gang.pods)?;
     let has_node = |pod: &&&Pod| is_true(pod, "PodScheduled") && unreachable_since(pod).is_none();
     let placed = i32::try_from(gang.pods.iter().filter(has_node).count()).unwrap_or(i32::MAX);
-    let room = largest(&sizes(draft.job, plan, gang.index), placed.min(gang.size - 1))?;
+    let room = largest_size(&sizes(draft.job, plan, gang.index), placed.min(gang.size - 1))?;
     let timeout = i64::from(elastic.capacity_timeout_seconds.unwrap_or(CAPACITY_TIMEOUT_SECONDS));
     let left = since.as_second() + timeout - draft.now.as_second();
     if left > 0 {

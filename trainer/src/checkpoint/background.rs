@@ -222,18 +222,17 @@ fn write(
     records: &[ExtraFile],
 ) -> Outcome {
     let location = &writer.location;
-    let uri = location.folder(snapshot.step).uri().to_owned();
-    if notes.is_some_and(|notes| notes.rank() > 0) {
-        let manifest = gang::write(writer, notes, snapshot, records)?;
-        return Ok(Committed { manifest, uri, warning: None });
+    let leads = notes.is_none_or(|notes| notes.rank() == 0);
+    if leads {
+        // A write that failed may have filled the disk. If this fails too, the write below says why. Other ranks may be
+        // at work in the folder of this one already.
+        let current = notes.map(|_| folder_name(snapshot.step, location.attempt)).unwrap_or_default();
+        let _ =
+            remove_unfinished(&location.storage, &location.job, &location.stage, location.attempt, &current);
     }
-    // A write that failed may have filled the disk. If this fails too, the write below says why. Other ranks may be at
-    // work in the folder of this one already.
-    let current = notes.map(|_| folder_name(snapshot.step, location.attempt)).unwrap_or_default();
-    let _ = remove_unfinished(&location.storage, &location.job, &location.stage, location.attempt, &current);
     let manifest = gang::write(writer, notes, snapshot, records)?;
-    let warning = prune(&location.storage, &manifest, retention)
-        .err()
-        .map(|error| format!("old checkpoints were not deleted and take space: {error}"));
-    Ok(Committed { manifest, uri, warning })
+    let pruned = if leads { prune(&location.storage, &manifest, retention).map(drop) } else { Ok(()) };
+    let warning =
+        pruned.err().map(|error| format!("old checkpoints were not deleted and take space: {error}"));
+    Ok(Committed { uri: location.folder(manifest.step).uri().to_owned(), manifest, warning })
 }

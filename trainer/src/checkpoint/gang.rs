@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 /// What a rank tells rank 0.
 #[derive(Serialize, Deserialize, Debug)]
 #[serde(rename_all = "camelCase")]
-enum Part {
+enum Report {
     Written(Vec<CheckpointObject>),
     Failed(String),
 }
@@ -49,11 +49,11 @@ fn lead(
     let own = writer.begin(snapshot, records, notes.world_size());
     // All are heard, whatever happened here: else they would be taken for those of the next checkpoint.
     let ranks = 1..notes.world_size();
-    let parts: Vec<Part> = ranks.clone().map(|rank| receive(notes, rank)).collect::<Result<_>>()?;
+    let parts: Vec<Report> = ranks.clone().map(|rank| receive(notes, rank)).collect::<Result<_>>()?;
     let result = own.and_then(|own| {
         let objects = ranks.clone().zip(parts).try_fold(own, |objects, (rank, part)| match part {
-            Part::Written(written) => Ok([objects, written].concat()),
-            Part::Failed(problem) => Err(CheckpointError::Rank { rank, problem }),
+            Report::Written(written) => Ok([objects, written].concat()),
+            Report::Failed(problem) => Err(CheckpointError::Rank { rank, problem }),
         })?;
         writer.commit(snapshot, objects)
     });
@@ -70,8 +70,8 @@ fn lead(
 
 fn follow(writer: &CheckpointWriter, notes: &Notes, snapshot: &Snapshot) -> Result<CheckpointManifest> {
     let part = match writer.write_part(snapshot, notes.rank(), notes.world_size()) {
-        Ok(objects) => Part::Written(objects),
-        Err(error) => Part::Failed(error.to_string()),
+        Ok(objects) => Report::Written(objects),
+        Err(error) => Report::Failed(error.to_string()),
     };
     send(notes, 0, &part)?;
     match receive(notes, 0)? {

@@ -40,6 +40,24 @@ impl Found {
         folder_name(self.step, self.attempt)
     }
 
+    /// The manifest of a committed checkpoint of that job and stage; one that cannot be used is told to `warn`.
+    pub fn usable(
+        self,
+        storage: &Storage,
+        (job, stage): (&str, &str),
+        warn: &mut dyn FnMut(String),
+    ) -> Option<CheckpointManifest> {
+        let name = self.name();
+        match self.commit {
+            Commit::No => None,
+            Commit::Damaged(problem) => {
+                warn(skipped(&stage_folder(storage, job, stage).join(&name), &problem));
+                None
+            }
+            Commit::Yes(manifest) => Some(*manifest),
+        }
+    }
+
     /// The manifest of a committed checkpoint.
     pub fn committed(&self) -> Option<&CheckpointManifest> {
         match &self.commit {
@@ -146,21 +164,20 @@ fn newest_first<T>(
     warn: &mut dyn FnMut(String),
     attempt: impl Fn(&Storage, &CheckpointManifest) -> Result<T>,
 ) -> Result<Option<(CheckpointManifest, T)>> {
-    let stage_folder = stage_folder(storage, job, stage);
     for found in list(storage, job, stage)?.into_iter().rev() {
-        let folder = stage_folder.join(&found.name());
-        let skipped = |problem: &str| format!("skipped the checkpoint {}: {problem}", folder.uri());
-        match found.commit {
-            Commit::No => {}
-            Commit::Damaged(problem) => warn(skipped(&problem)),
-            Commit::Yes(manifest) => match attempt(&folder, &manifest) {
-                Ok(value) => return Ok(Some((*manifest, value))),
-                Err(error) if error.is_damage() => warn(skipped(&error.to_string())),
-                Err(error) => return Err(error),
-            },
+        let Some(manifest) = found.usable(storage, (job, stage), warn) else { continue };
+        let folder = checkpoint_folder(storage, &manifest);
+        match attempt(&folder, &manifest) {
+            Ok(value) => return Ok(Some((manifest, value))),
+            Err(error) if error.is_damage() => warn(skipped(&folder, &error.to_string())),
+            Err(error) => return Err(error),
         }
     }
     Ok(None)
+}
+
+fn skipped(folder: &Storage, problem: &str) -> String {
+    format!("skipped the checkpoint {}: {problem}", folder.uri())
 }
 
 /// Loads a committed checkpoint and verifies what it reads.

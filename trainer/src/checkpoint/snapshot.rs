@@ -44,14 +44,9 @@ impl ObjectTable {
         }
     }
 
-    /// Number of objects.
-    pub fn len(&self) -> usize {
-        self.model.len() + self.moments.len()
-    }
-
-    /// Never: a model has weights.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
+    /// All objects, by number.
+    pub fn objects(&self) -> Range<usize> {
+        0..self.model.len() + self.moments.len()
     }
 
     /// The tensors of an object, in order.
@@ -72,7 +67,7 @@ impl ObjectTable {
 
     /// The objects that `rank` of `world_size` writes.
     pub fn of_rank(&self, rank: usize, world_size: usize) -> impl Iterator<Item = usize> + use<> {
-        (rank..self.len()).step_by(world_size.max(1))
+        (rank..self.objects().end).step_by(world_size.max(1))
     }
 
     /// The rank that writes an object.
@@ -136,11 +131,6 @@ impl Snapshot {
             places.insert(tensor, start..end);
         }
         Self { step: 0, tokens: 0, optimizer_step: 0, numbers: vec![0.0; end], places }
-    }
-
-    /// Bytes of the copy.
-    pub fn bytes(&self) -> u64 {
-        (self.numbers.len() * size_of::<f32>()) as u64
     }
 
     /// Takes over where training stands.

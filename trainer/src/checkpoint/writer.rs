@@ -113,12 +113,8 @@ impl CheckpointWriter {
     /// # Errors
     /// When the storage fails, when the folder is committed already, when a newer attempt has taken over.
     pub fn write(&self, state: &TrainingState, records: &[ExtraFile]) -> Result<CheckpointManifest> {
-        let folder = self.location.folder(state.step);
-        refuse_if_committed(&folder)?;
-        self.location.refuse_if_superseded(&folder)?;
-        let objects = self.write_state(&folder, state, records)?;
-        self.location.refuse_if_superseded(&folder)?;
-        self.commitment(state.step, state.tokens).commit(&folder, objects)
+        let objects = self.write_state(&self.open(state.step)?, state, records)?;
+        self.close(state.step, state.tokens, objects)
     }
 
     /// Writes and commits a checkpoint in a folder of any name.
@@ -138,9 +134,7 @@ impl CheckpointWriter {
         records: &[ExtraFile],
         world_size: usize,
     ) -> Result<Vec<CheckpointObject>> {
-        let folder = self.location.folder(snapshot.step);
-        refuse_if_committed(&folder)?;
-        self.location.refuse_if_superseded(&folder)?;
+        let folder = self.open(snapshot.step)?;
         let position = [snapshot.step, snapshot.tokens, snapshot.optimizer_step];
         self.write_beside(&folder, position, records, || self.write_part(snapshot, 0, world_size))
     }
@@ -159,17 +153,29 @@ impl CheckpointWriter {
         objects.map(|object| table.write(&folder, object, &numbers, &self.pace)).collect()
     }
 
-    /// Commits a checkpoint whose objects are all written.
+    /// Commits a checkpoint whose objects are all written, by whomever.
     pub(super) fn commit(
         &self,
         snapshot: &Snapshot,
         mut objects: Vec<CheckpointObject>,
     ) -> Result<CheckpointManifest> {
-        let folder = self.location.folder(snapshot.step);
-        self.location.refuse_if_superseded(&folder)?;
-        // Whoever wrote them, and in whatever order.
         objects.sort_by(|one, other| one.name.cmp(&other.name));
-        self.commitment(snapshot.step, snapshot.tokens).commit(&folder, objects)
+        self.close(snapshot.step, snapshot.tokens, objects)
+    }
+
+    /// The folder of a checkpoint that may be written.
+    fn open(&self, step: u64) -> Result<Storage> {
+        let folder = self.location.folder(step);
+        refuse_if_committed(&folder)?;
+        self.location.refuse_if_superseded(&folder)?;
+        Ok(folder)
+    }
+
+    /// Commits what was written, unless a newer attempt has taken over meanwhile.
+    fn close(&self, step: u64, tokens: u64, objects: Vec<CheckpointObject>) -> Result<CheckpointManifest> {
+        let folder = self.location.folder(step);
+        self.location.refuse_if_superseded(&folder)?;
+        self.commitment(step, tokens).commit(&folder, objects)
     }
 
     fn write_state(
@@ -185,7 +191,7 @@ impl CheckpointWriter {
         let position = [state.step, state.tokens, state.optimizer_step];
         self.write_beside(folder, position, records, || {
             let objects =
-                (0..table.len()).filter(|object| state.has_moments() || !table.holds_moments(*object));
+                table.objects().filter(|object| state.has_moments() || !table.holds_moments(*object));
             objects.map(|object| table.write(folder, object, &numbers, &self.pace)).collect()
         })
     }

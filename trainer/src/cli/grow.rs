@@ -234,7 +234,8 @@ fn grow_folder(arguments: &Arguments, reporter: &mut Reporter) -> anyhow::Result
         job: "grow".to_owned(),
         stage: "grown".to_owned(),
     };
-    let measure = Measure { tokens: arguments.measure_tokens, text: text(arguments, &folder)? };
+    let measure =
+        Measure { tokens: arguments.measure_tokens, text: text(arguments, &folder)?, held_out: None };
     reporter.begin("growth", Unit::Bytes, 0, 0);
     let mut progress = |done, total| reporter.advance(done, total, String::new());
     Ok(growth::grow_and_measure(&source, None, &plan, &target, &[], &measure, &mut progress)?)
@@ -317,5 +318,6 @@ fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result
         checkpoint::latest_valid(&storage, &plan.job, &growth.from_stage, &mut warn)?.with_context(|| {
             format!("stage {} has no checkpoint to grow from; train it first", growth.from_stage)
         })?;
-    Ok(job::grow_checkpoint(&storage, &source, None, &plan, growth, reporter)?)
+    let held_out = job::held_out(&storage, &plan.job);
+    Ok(job::grow_checkpoint(&storage, &source, None, &plan, growth, held_out.as_ref(), reporter)?)
 }

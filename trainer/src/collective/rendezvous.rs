@@ -88,9 +88,9 @@ impl Meeting<'_> {
             None => listen(port_of(&self.group.leader)?)?,
         };
         let callers = Callers::start(self.group, listener, 1..world);
-        let mut ports = vec![0; world];
-        let mut sockets = self.await_callers(&callers, &mut ports)?;
-        let roster = roster(&sockets, &ports)?;
+        let found = self.await_callers(&callers)?;
+        let roster = roster(&found)?;
+        let mut sockets = sockets_of(found);
         for (rank, socket) in sockets.iter_mut().enumerate() {
             let Some(socket) = socket else { continue };
             let sent = write_roster(socket, &roster);
@@ -117,8 +117,7 @@ impl Meeting<'_> {
             };
             sockets.push(Some(self.call(lower, port, deadline, || Ok(vec![*address])).map_err(lost)?));
         }
-        let higher = self.await_callers(&callers, &mut vec![0; *world_size])?;
-        sockets.extend(higher.into_iter().skip(*rank));
+        sockets.extend(sockets_of(self.await_callers(&callers)?).into_iter().skip(*rank));
         Ok(sockets)
     }
 
@@ -141,22 +140,22 @@ impl Meeting<'_> {
         Ok(())
     }
 
-    /// Sockets of the ranks that call, by rank, when all that are expected have.
-    fn await_callers(&self, callers: &Callers, ports: &mut [u16]) -> Result<Vec<Option<TcpStream>>> {
-        let mut sockets: Vec<Option<TcpStream>> = (0..self.group.world_size).map(|_| None).collect();
-        while let Some(missing) = callers.expected.clone().find(|rank| sockets[*rank].is_none()) {
+    /// The ranks that call, by rank, when all that are expected have.
+    fn await_callers(&self, callers: &Callers) -> Result<Vec<Option<Caller>>> {
+        let mut found: Vec<Option<Caller>> = (0..self.group.world_size).map(|_| None).collect();
+        while let Some(missing) = callers.expected.clone().find(|rank| found[*rank].is_none()) {
             self.check(&format!("rank {missing}"))?;
             match callers.results.recv_timeout(PAUSE) {
-                Ok(Ok((introduction, socket))) => {
-                    let rank = introduction.rank as usize;
-                    (ports[rank], sockets[rank]) = (introduction.port, Some(socket));
+                Ok(Ok(caller)) => {
+                    let rank = caller.0.rank as usize;
+                    found[rank] = Some(caller);
                 }
                 Ok(Err(problem)) => (self.warn)(problem),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return Err(rendezvous("nobody listens any more")),
             }
         }
-        Ok(sockets)
+        Ok(found)
     }
 
     /// Connects to a rank and makes sure of it; tries again until `deadline`.
@@ -250,17 +249,19 @@ fn resolve(address: &str) -> io::Result<Vec<SocketAddr>> {
 }
 
 /// Addresses of the ranks as rank 0 sees them; its own is not used.
-fn roster(sockets: &[Option<TcpStream>], ports: &[u16]) -> Result<Vec<SocketAddr>> {
-    let address = |(socket, port): (&Option<TcpStream>, &u16)| match socket {
-        Some(socket) => socket.peer_addr().map(|peer| SocketAddr::new(peer.ip(), *port)),
+fn roster(callers: &[Option<Caller>]) -> Result<Vec<SocketAddr>> {
+    let address = |caller: &Option<Caller>| match caller {
+        Some((introduction, socket)) => {
+            socket.peer_addr().map(|peer| SocketAddr::new(peer.ip(), introduction.port))
+        }
         None => Ok(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0)),
     };
-    sockets
-        .iter()
-        .zip(ports)
-        .map(address)
-        .collect::<io::Result<_>>()
-        .map_err(|error| rendezvous(error.to_string()))
+    let roster = callers.iter().map(address).collect::<io::Result<_>>();
+    roster.map_err(|error| rendezvous(error.to_string()))
+}
+
+fn sockets_of(callers: Vec<Option<Caller>>) -> Vec<Option<TcpStream>> {
+    callers.into_iter().map(|caller| caller.map(|(_, socket)| socket)).collect()
 }
 
 fn write_roster(stream: &mut impl Write, roster: &[SocketAddr]) -> io::Result<()> {
@@ -284,12 +285,16 @@ fn read_roster(stream: &mut impl Read, world_size: usize) -> io::Result<Vec<Sock
     (0..world_size).map(address).collect()
 }
 
-type Caller = std::result::Result<(Introduction, TcpStream), String>;
+/// A rank that has called.
+type Caller = (Introduction, TcpStream);
+
+/// Who was refused instead, and why.
+type Call = std::result::Result<Caller, String>;
 
 /// Those who call: a thread that accepts, and one for each handshake, so that a silent stranger holds up nobody.
 struct Callers {
     expected: Range<usize>,
-    results: Receiver<Caller>,
+    results: Receiver<Call>,
     _desk: Arc<Desk>,
 }
 
@@ -333,7 +338,7 @@ impl Callers {
 }
 
 impl Desk {
-    fn serve(&self, mut stream: TcpStream, sender: &Sender<Caller>) {
+    fn serve(&self, mut stream: TcpStream, sender: &Sender<Call>) {
         let from = stream.peer_addr().map_or_else(|_| "somebody".to_owned(), |address| address.to_string());
         let result = limit(&stream)
             .and_then(|()| receive(&mut stream, &self.secret, &self.identity, |caller| self.judge(caller)))

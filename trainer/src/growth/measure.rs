@@ -3,8 +3,7 @@
 
 use super::{GrowthError, Result};
 use crate::checkpoint::{PIECE_BYTES, TensorIndex};
-use crate::data::{Dataset, Verification};
-use crate::job::pinned_dataset;
+use crate::data::Dataset;
 use crate::ops::attention::{self, HeadShape};
 use crate::ops::gemm::{Matrix, MatrixMut, Output, gemm};
 use crate::ops::rope::{self, RopeTable};
@@ -26,16 +25,18 @@ const MAX_LOGITS: usize = 1 << 24;
 
 /// What a growth step is measured on.
 #[derive(Debug, Clone)]
-pub struct Measure {
+pub struct Measure<'a> {
     /// Tokens to predict; 0 measures nothing.
     pub tokens: usize,
     /// Tokens of a text, where the caller has one.
     pub text: Option<Vec<u32>>,
+    /// Data of the job, whose validation part is used where there is no text.
+    pub held_out: Option<&'a Dataset>,
 }
 
-impl Default for Measure {
+impl Default for Measure<'_> {
     fn default() -> Self {
-        Self { tokens: DEFAULT_MEASURED_TOKENS, text: None }
+        Self { tokens: DEFAULT_MEASURED_TOKENS, text: None, held_out: None }
     }
 }
 
@@ -50,11 +51,7 @@ pub(super) struct Sample {
 impl Sample {
     /// The text that was handed in, else the held-out text of the job, else random tokens: that a text cannot be had
     /// is no reason not to grow.
-    pub(super) fn choose(
-        measure: &Measure,
-        job: Option<(&Storage, &str)>,
-        config: &ModelConfig,
-    ) -> Option<Self> {
+    pub(super) fn choose(measure: &Measure<'_>, config: &ModelConfig) -> Option<Self> {
         let sequence = LONGEST_SEQUENCE.min(config.max_position_embeddings as usize).min(measure.tokens);
         let most = MAX_LOGITS / config.vocab_size as usize;
         let tokens = measure.tokens.min(most.max(1));
@@ -64,7 +61,7 @@ impl Sample {
         }
         let tokens = tokens / sequence * sequence;
         let text = measure.text.as_deref().and_then(|ids| Self::of_text(ids, tokens, sequence));
-        let text = text.or_else(|| Self::of_job(job?, tokens, sequence));
+        let text = text.or_else(|| Self::of_dataset(measure.held_out?, tokens, sequence));
         let known =
             |sample: &Self| sample.ids.iter().chain(&sample.targets).all(|id| *id < config.vocab_size);
         Some(text.filter(known).unwrap_or_else(|| Self::random(config.vocab_size, tokens, sequence)))
@@ -76,9 +73,7 @@ impl Sample {
         (tokens > 0).then_some(Self { kind: GrowthSample::HeldOut, ids, targets, sequence })
     }
 
-    fn of_job((storage, job): (&Storage, &str), tokens: usize, sequence: usize) -> Option<Self> {
-        let digest = pinned_dataset(storage, job).ok()??;
-        let dataset = Dataset::open(storage, &digest, Verification::Sizes).ok()?;
+    fn of_dataset(dataset: &Dataset, tokens: usize, sequence: usize) -> Option<Self> {
         let (ids, targets) = dataset.validation_tokens(sequence, tokens as u64).ok()?;
         Some(Self { kind: GrowthSample::HeldOut, ids, targets, sequence })
     }

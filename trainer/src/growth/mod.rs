@@ -189,7 +189,7 @@ pub fn grow_and_measure(
     plan: &GrowthPlan,
     target: &GrowthTarget,
     files: &[ExtraFile],
-    measure: &Measure,
+    measure: &Measure<'_>,
     progress: Progress<'_>,
 ) -> Result<GrownCheckpoint> {
     let growth = Growth::open(source, expected, plan, DEFAULT_SHARD_BYTES)?;
@@ -255,7 +255,7 @@ impl<'a> Growth<'a> {
         &self,
         target: &GrowthTarget,
         files: &[ExtraFile],
-        measure: &Measure,
+        measure: &Measure<'_>,
         progress: Progress<'_>,
     ) -> Result<GrownCheckpoint> {
         // With a manifest the digest is known, and a finished growth step costs no read of the source.
@@ -336,7 +336,7 @@ impl<'a> Growth<'a> {
         target: &GrowthTarget,
         origin: CheckpointOrigin,
         files: &[ExtraFile],
-        measure: &Measure,
+        measure: &Measure<'_>,
         meter: &Meter<'_>,
     ) -> Result<(CheckpointManifest, GrowthRecord)> {
         let folder = target.folder();
@@ -344,7 +344,7 @@ impl<'a> Growth<'a> {
         let mut objects = put_small_objects(&folder, &self.config, self.source.token_ids(), &files)?;
         let model = self.model_shards();
         let weights = self.write_shards(&folder, &model, self.source.tensors(), meter)?;
-        let record = self.record(self.measure(target, &folder, &weights, measure)?);
+        let record = self.record(self.measure(&folder, &weights, measure)?);
         objects.extend(weights);
         objects.push(model.write_index(&folder)?);
         if let Some(moments) = self.moment_shards() {
@@ -378,16 +378,11 @@ impl<'a> Growth<'a> {
     /// Runs source and target, as it was written, on the same tokens.
     fn measure(
         &self,
-        target: &GrowthTarget,
         folder: &Storage,
         weights: &[CheckpointObject],
-        measure: &Measure,
+        measure: &Measure<'_>,
     ) -> Result<Option<GrowthMeasurement>> {
-        let job = match target {
-            GrowthTarget::Stage(location) => Some((&location.storage, location.job.as_str())),
-            GrowthTarget::Folder { .. } => None,
-        };
-        let Some(sample) = Sample::choose(measure, job, &self.config) else { return Ok(None) };
+        let Some(sample) = Sample::choose(measure, &self.config) else { return Ok(None) };
         let names: Vec<String> = weights.iter().map(|object| object.name.clone()).collect();
         let tensors = TensorIndex::read(folder, &names)?;
         let source = StoredModel {

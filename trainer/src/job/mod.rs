@@ -7,7 +7,7 @@ mod record;
 use crate::checkpoint::{self, CheckpointLocation};
 use crate::collective::{Alone, CollectiveError};
 use crate::data::{self, Dataset, Verification};
-use crate::growth::{self, GrownCheckpoint, GrowthTarget};
+use crate::growth::{self, GrownCheckpoint, GrowthTarget, Measure};
 use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, Unit};
 use crate::report::{Goodput, StageReport};
@@ -160,7 +160,7 @@ pub fn run(
             continue;
         }
         if let (StageStart::Growth(growth), Some(before)) = (&stage.start, index.checked_sub(1)) {
-            grow(&storage, &plan.stages[before], stage, growth, reporter)?;
+            grow(&storage, &plan.stages[before], stage, growth, &dataset, reporter)?;
         }
         let ranks = ranks.unwrap_or_else(|| ranks_of(&loaded.job, stage));
         let board = ProgressBoard::default();
@@ -187,16 +187,8 @@ pub fn run(
 /// The number of ranks that the job wants for a stage.
 fn ranks_of(job: &GrowthTrainingJob, plan: &StagePlan) -> usize {
     let Some(stage) = job.spec.stages.get(plan.index as usize) else { return 1 };
-    let replicas = match &stage.elastic {
-        Some(elastic) => {
-            let training = &plan.training;
-            let sizes = ranks::elastic_sizes(elastic, training.micro_batches(), training.reproducible);
-            let fits = sizes.iter().rfind(|size| **size <= job.spec.replicas);
-            fits.or(sizes.first()).copied()
-        }
-        None => stage.replicas,
-    };
-    replicas.and_then(|replicas| usize::try_from(replicas).ok()).unwrap_or(1)
+    let size = ranks::wanted_size(&ranks::stage_sizes(stage, &plan.training), job.spec.replicas);
+    usize::try_from(size).unwrap_or(1)
 }
 
 /// The last checkpoint of a stage that has trained all its tokens.
@@ -234,12 +226,18 @@ pub fn prepare_data(plan: &JobPlan, storage: &Storage, reporter: &mut Reporter) 
     Ok(dataset)
 }
 
+/// The job's data, to compare models on: that it cannot be had is no reason not to grow.
+pub fn held_out(storage: &Storage, job: &str) -> Option<Dataset> {
+    Dataset::open(storage, &pinned_dataset(storage, job).ok()??, Verification::Sizes).ok()
+}
+
 /// Makes the first checkpoint of `stage` from the last one of `before`, unless it is there.
 fn grow(
     storage: &Storage,
     before: &StagePlan,
     stage: &StagePlan,
     growth: &GrowthPlan,
+    held_out: &Dataset,
     reporter: &mut Reporter,
 ) -> Result<()> {
     if checkpoint::list(storage, &stage.job, &stage.stage)?.iter().any(|found| found.committed().is_some()) {
@@ -249,12 +247,12 @@ fn grow(
         let (stage, from) = (stage.stage.clone(), before.stage.clone());
         return Err(TrainError::NotGrown { stage, from }.into());
     };
-    grow_checkpoint(storage, &source, Some(&before.model), stage, growth, reporter)?;
+    grow_checkpoint(storage, &source, Some(&before.model), stage, growth, Some(held_out), reporter)?;
     Ok(())
 }
 
 /// Grows the checkpoint `source` into the first one of `stage`, under an attempt number of its own. `expected` is the
-/// architecture that `source` must have, where it is known.
+/// architecture that `source` must have, where it is known; both models are compared on `held_out`, else on random tokens.
 ///
 /// # Errors
 /// When the plan does not fit, the source is damaged, or the storage fails.
@@ -264,6 +262,7 @@ pub fn grow_checkpoint(
     expected: Option<&ModelConfig>,
     stage: &StagePlan,
     growth: &GrowthPlan,
+    held_out: Option<&Dataset>,
     reporter: &mut Reporter,
 ) -> Result<GrownCheckpoint> {
     let target = GrowthTarget::Stage(CheckpointLocation {
@@ -275,9 +274,9 @@ pub fn grow_checkpoint(
     reporter.begin("growth", Unit::Bytes, 0, 0);
     let detail = format!("{:?} to {} layers", growth.operator, stage.model.num_hidden_layers);
     let folder = checkpoint::checkpoint_folder(storage, source);
-    let grown = growth::grow(&folder, expected, growth, &target, &[], &mut |done, total| {
-        reporter.advance(done, total, detail.clone());
-    })?;
+    let measure = Measure { held_out, ..Measure::default() };
+    let mut progress = |done, total| reporter.advance(done, total, detail.clone());
+    let grown = growth::grow_and_measure(&folder, expected, growth, &target, &[], &measure, &mut progress)?;
     reporter.finish();
     Ok(grown)
 }

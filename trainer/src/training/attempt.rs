@@ -1,8 +1,7 @@
 //! The record of an attempt: when it ran, how far it came, what it spent its time on. It lies in the job's storage beside
 //! the checkpoints, is written every few seconds, and so tells of attempts that were killed, too.
 
-use crate::checkpoint::Result;
-use crate::storage::{Storage, StorageError, yield_to_computation};
+use crate::storage::{Result, Storage, StorageError, yield_to_computation};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -77,7 +76,7 @@ pub fn list(storage: &Storage, job: &str, stage: &str) -> Result<Vec<AttemptReco
             // One that cannot be read is worth less than the report on the others.
             Ok(bytes) => records.extend(serde_json::from_slice::<AttemptRecord>(&bytes)),
             Err(StorageError::NotFound { .. }) => {}
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(error),
         }
     }
     records.sort_by_key(|record| record.attempt);
@@ -109,11 +108,6 @@ impl Recorder {
             }
         })?;
         Ok(Self { record: first, written: None, sender: Some(sender), thread: Some(thread) })
-    }
-
-    /// What has been recorded.
-    pub fn record(&self) -> &AttemptRecord {
-        &self.record
     }
 
     /// Takes over where the attempt stands, and has it written where that is due.

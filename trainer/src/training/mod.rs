@@ -8,3 +8,6 @@ pub mod schedule;
 pub mod shards;
 pub mod stage;
 pub mod step;
+
+#[cfg(test)]
+mod tests;

@@ -45,7 +45,7 @@ pub fn fill(
     // A rank that still writes the checkpoint before could not take what the others send.
     collective.barrier()?;
     snapshot.stand_at(state);
-    for object in 0..table.len() {
+    for object in table.objects() {
         let owner = ObjectTable::owner(object, world_size);
         for tensor in table.tensors(object) {
             gather(snapshot, state, tensor, owner, layout, shards, collective)?;
@@ -140,13 +140,8 @@ fn candidates(
 ) -> Result<Vec<CheckpointManifest>, ReshardError> {
     let mut manifests = Vec::new();
     if collective.rank() == 0 {
-        for found in checkpoint::list(storage, job, stage)?.into_iter().rev() {
-            match found.commit {
-                checkpoint::Commit::Yes(manifest) => manifests.push(*manifest),
-                checkpoint::Commit::Damaged(_) => warn(format!("skipped the checkpoint {}", found.name())),
-                checkpoint::Commit::No => {}
-            }
-        }
+        let found = checkpoint::list(storage, job, stage)?.into_iter().rev();
+        manifests.extend(found.filter_map(|found| found.usable(storage, (job, stage), warn)));
     }
     let json = serde_json::to_vec(&manifests).unwrap_or_default();
     let json = collective.broadcast(&json)?;
@@ -284,7 +279,7 @@ mod tests {
                     CheckpointWriter::new(place, config.clone(), TokenIds::default(), Vec::new());
                 writer.shard_bytes = 6000;
                 let table = writer.table();
-                assert!(table.len() > 5 * 2, "every rank has something to write");
+                assert!(table.objects().len() > 5 * 2, "every rank has something to write");
                 let retention = Retention { keep_last: 1, ..Retention::default() };
                 let notes = collective.notes();
                 let mut checkpointer = AsyncCheckpointer::start(writer, retention, None, notes).unwrap();

@@ -69,7 +69,9 @@ pub enum TrainError {
     #[error(transparent)]
     Collective(#[from] CollectiveError),
     /// A number of ranks that cannot share a step.
-    #[error("stage {stage}: {ranks} ranks cannot share the {micro_batches} micro-batches of a step{hint}")]
+    #[error(
+        "stage {stage}: {ranks} ranks cannot share the {micro_batches} micro-batches of a step; possible are {possible}"
+    )]
     Ranks {
         /// The stage.
         stage: String,
@@ -77,8 +79,8 @@ pub enum TrainError {
         ranks: usize,
         /// Micro-batches of a step.
         micro_batches: u64,
-        /// What can.
-        hint: String,
+        /// The numbers that can.
+        possible: String,
     },
     /// The loss is not a number any more.
     #[error(
@@ -498,8 +500,8 @@ pub fn check_ranks(plan: &StagePlan, ranks: usize) -> Result<()> {
     }
     let possible = ranks::possible_sizes(micro_batches, 1..1025, plan.training.reproducible);
     let possible: Vec<String> = possible.iter().map(ToString::to_string).collect();
-    let hint = format!("; possible are {}", possible.join(", "));
-    Err(TrainError::Ranks { stage: plan.stage.clone(), ranks, micro_batches, hint })
+    let possible = possible.join(", ");
+    Err(TrainError::Ranks { stage: plan.stage.clone(), ranks, micro_batches, possible })
 }
 
 fn check_vocabulary(plan: &StagePlan, dataset: &Dataset) -> Result<()> {
