@@ -1,17 +1,23 @@
 //! Object storage, seen from the synchronous training code: a local folder and a bucket through one path.
 
+use async_trait::async_trait;
 use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
+use object_store::client::{
+    HttpClient, HttpConnector, HttpError, HttpErrorKind, HttpRequest, HttpResponse, HttpService,
+    ReqwestConnector,
+};
 use object_store::gcp::GoogleCloudStorageBuilder;
 use object_store::http::HttpBuilder;
 use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
-    BackoffConfig, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode, PutOptions,
-    PutPayload, RetryConfig, WriteMultipart,
+    BackoffConfig, ClientOptions, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode,
+    PutOptions, PutPayload, RetryConfig, WriteMultipart,
 };
+use std::error::Error;
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::PathBuf;
@@ -174,6 +180,35 @@ fn patience() -> RetryConfig {
     }
 }
 
+/// Makes HTTP clients that know a request which was never sent. object_store 0.14 tries those again, but takes one whose
+/// connection was closed before it for an unknown error, and gives up.
+#[derive(Debug)]
+struct Connector;
+
+impl HttpConnector for Connector {
+    fn connect(&self, options: &ClientOptions) -> object_store::Result<HttpClient> {
+        Ok(HttpClient::new(Client(ReqwestConnector::default().connect(options)?)))
+    }
+}
+
+#[derive(Debug)]
+struct Client(HttpClient);
+
+#[async_trait]
+impl HttpService for Client {
+    async fn call(&self, request: HttpRequest) -> std::result::Result<HttpResponse, HttpError> {
+        self.0.execute(request).await.map_err(|error| match was_never_sent(&error) {
+            true => HttpError::new(HttpErrorKind::Request, error),
+            false => error,
+        })
+    }
+}
+
+fn was_never_sent(error: &HttpError) -> bool {
+    let causes = std::iter::successors(Some(error as &(dyn Error + 'static)), |&error| error.source());
+    causes.filter_map(|error| error.downcast_ref()).any(hyper::Error::is_canceled)
+}
+
 /// As `object_store::parse_url_opts`, with [`patience`].
 fn open_remote(
     url: &Url,
@@ -182,6 +217,7 @@ fn open_remote(
     macro_rules! build {
         ($builder:ty, $url:expr) => {{
             let builder = <$builder>::new().with_url($url).with_retry(patience());
+            let builder = builder.with_http_connector(Connector);
             let set = |builder: $builder, (key, value): (String, String)| match key.parse() {
                 Ok(key) => builder.with_config(key, value),
                 // It concerns another kind of store, or none.
