@@ -46,16 +46,20 @@ fn a_number_that_cannot_share_is_refused_before_any_work() {
 mod disturbed {
     use super::*;
     use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
+    use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
     use std::collections::BTreeMap;
+    use std::net::{Shutdown, TcpStream};
     use std::process::{Child, Command, Stdio};
+    use std::sync::Mutex;
     use std::time::Instant;
 
-    /// A signal to one process, or a pause of it.
+    /// A signal to one process, a pause of it, or the end of one of its connections.
     #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     enum Disturbance {
         Kill,
         Terminate,
         Pause,
+        Cut,
     }
 
     fn signal(name: &str, process: u32) {
@@ -68,6 +72,24 @@ mod disturbed {
     fn children(process: u32) -> Vec<u32> {
         let list = std::fs::read_to_string(format!("/proc/{process}/task/{process}/children"));
         list.unwrap_or_default().split_whitespace().map(|id| id.parse().unwrap()).collect()
+    }
+
+    /// Ends one of the connections of a process from outside, as a network does; false if it has none.
+    fn cut(process: u32, random: &mut ChaCha8Rng) -> bool {
+        let pid = i32::try_from(process).ok().and_then(Pid::from_raw).unwrap();
+        let Ok(pidfd) = pidfd_open(pid, PidfdFlags::empty()) else { return false };
+        let numbers: Vec<i32> = std::fs::read_dir(format!("/proc/{process}/fd"))
+            .map(|entries| entries.flatten().filter_map(|fd| fd.file_name().to_str()?.parse().ok()).collect())
+            .unwrap_or_default();
+        let copies =
+            numbers.into_iter().filter_map(|fd| pidfd_getfd(&pidfd, fd, PidfdGetfdFlags::empty()).ok());
+        let connections: Vec<TcpStream> =
+            copies.map(TcpStream::from).filter(|socket| socket.peer_addr().is_ok()).collect();
+        if connections.is_empty() {
+            return false;
+        }
+        let connection = &connections[random.random_range(0..connections.len())];
+        connection.shutdown(Shutdown::Both).is_ok()
     }
 
     fn start(folder: &Folder, ranks: &str) -> Child {
@@ -102,14 +124,24 @@ mod disturbed {
                 let mut victims = children(child.id());
                 victims.push(child.id());
                 let victim = victims[random.random_range(0..victims.len())];
-                let kinds =
-                    [Disturbance::Kill, Disturbance::Kill, Disturbance::Terminate, Disturbance::Pause];
-                let kind = kinds[random.random_range(0..4)];
+                let kinds = [
+                    Disturbance::Kill,
+                    Disturbance::Kill,
+                    Disturbance::Terminate,
+                    Disturbance::Pause,
+                    Disturbance::Cut,
+                ];
+                let mut kind = kinds[random.random_range(0..kinds.len())];
                 if child.try_wait().unwrap().is_some() {
                     break;
                 }
+                // A rank by itself, or one that has met nobody yet, has no connection to lose.
+                if kind == Disturbance::Cut && !cut(victim, &mut random) {
+                    kind = Disturbance::Kill;
+                }
                 *met.entry(kind).or_default() += 1;
                 match kind {
+                    Disturbance::Cut => {}
                     Disturbance::Kill => signal("-KILL", victim),
                     Disturbance::Terminate => signal("-TERM", victim),
                     Disturbance::Pause => {
@@ -158,13 +190,20 @@ mod disturbed {
     #[test]
     #[ignore = "long: half an hour"]
     fn a_thousand_disturbances_end_in_the_same_bits() {
-        let mut all: BTreeMap<Disturbance, usize> = BTreeMap::new();
-        for seed in 2..12 {
-            for (kind, count) in disturb(100, seed) {
-                *all.entry(kind).or_default() += count;
+        // Most of the time they wait for each other, so several seeds share the machine.
+        let seeds = Mutex::new(2..12);
+        let all: Mutex<BTreeMap<Disturbance, usize>> = Mutex::default();
+        let work = || {
+            while let Some(seed) = { seeds.lock().unwrap().next() } {
+                let met = disturb(100, seed);
+                println!("seed {seed}: {met:?}");
+                let mut all = all.lock().unwrap();
+                met.into_iter().for_each(|(kind, count)| *all.entry(kind).or_default() += count);
             }
-        }
+        };
+        std::thread::scope(|scope| (0..3).for_each(|_| drop(scope.spawn(work))));
         println!("{all:?}");
+        assert!(all.into_inner().unwrap().values().sum::<usize>() >= 1000);
     }
 
     #[test]

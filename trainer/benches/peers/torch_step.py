@@ -8,11 +8,15 @@ fused norm and cross entropy where PyTorch has them.
 With --ranks N it starts N processes that share the batch through DistributedDataParallel over gloo.
 
 Prints one JSON line: tokens_per_second (median over the timed steps), step_seconds, peak_rss_bytes.
+
+With --checkpoint FILE it goes on from that file and trains until SIGTERM, then writes it and ends; every rank is started by
+the caller, as torchrun does. Prints a line `step N` after each step.
 """
 
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -27,6 +31,7 @@ def arguments():
     parser.add_argument("--threads", type=int, default=2, help="of each rank")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--micro-batches", type=int, default=1, help="as in our benchmark: one a rank")
+    parser.add_argument("--checkpoint", help="train until SIGTERM, from and to this file")
     for name, value in [
         ("hidden", 256), ("layers", 8), ("heads", 4), ("kv-heads", 4), ("intermediate", 688),
         ("vocab", 4096), ("sequence", 256), ("batch", 8), ("warmup", 3), ("steps", 10),
@@ -181,23 +186,57 @@ def join(ranks):
     return others
 
 
+def train_step(loss_of, parameters, optimizer):
+    """One step on random tokens."""
+    tokens = torch.randint(ARGS.vocab, (ARGS.batch // ARGS.ranks, ARGS.sequence + 1))
+    loss = loss_of(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loss.item()
+
+
+def train_until_terminated():
+    """Goes on from the checkpoint; after SIGTERM to all ranks, all stop at the same step and rank 0 writes it."""
+    stop = torch.zeros(1)
+    signal.signal(signal.SIGTERM, lambda *_: stop.fill_(1))
+    dist.init_process_group("gloo")
+    model, parameters, optimizer = build(ARGS)
+    step = 0
+    if os.path.exists(ARGS.checkpoint):
+        state = torch.load(ARGS.checkpoint, mmap=True)
+        model.module.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step = state["step"]
+    while True:
+        train_step(model, parameters, optimizer)
+        step += 1
+        print(f"step {step}", flush=True)
+        stop_now = stop.clone()
+        dist.all_reduce(stop_now)
+        if stop_now.item():
+            break
+    if dist.get_rank() == 0:
+        state = {"model": model.module.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        torch.save(state, ARGS.checkpoint + ".new")
+        os.replace(ARGS.checkpoint + ".new", ARGS.checkpoint)
+    dist.destroy_process_group()
+
+
 def main():
     """Times the steps and prints the JSON line."""
     torch.set_num_threads(ARGS.threads)
     torch.manual_seed(1)
+    if ARGS.checkpoint:
+        train_until_terminated()
+        return
     others = join(ARGS.ranks)
-    batch = ARGS.batch // ARGS.ranks
     loss_of, parameters, optimizer = build(ARGS)
     seconds = []
     for _ in range(ARGS.warmup + ARGS.steps):
-        tokens = torch.randint(ARGS.vocab, (batch, ARGS.sequence + 1))
         start = time.perf_counter()
-        loss = loss_of(tokens[:, :-1], tokens[:, 1:])
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        train_step(loss_of, parameters, optimizer)
         seconds.append(time.perf_counter() - start)
     if ARGS.ranks > 1:
         dist.destroy_process_group()

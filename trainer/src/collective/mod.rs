@@ -17,7 +17,7 @@ pub use frame::{Frame, FrameError, Header, Kind, Payload};
 pub use handshake::{Identity, Secret};
 pub use link::{GRACE, Loss};
 pub use mesh::{Mesh, Notes};
-pub use rendezvous::{Group, meet};
+pub use rendezvous::{Group, meet, pauses};
 
 use std::ops::Range;
 use std::time::Duration;

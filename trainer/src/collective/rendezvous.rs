@@ -5,6 +5,7 @@
 use super::error::{CollectiveError, Result};
 use super::handshake::{Identity, Introduction, Secret, introduce, receive};
 use super::mesh::Mesh;
+use backon::{BackoffBuilder, ExponentialBuilder};
 use std::cell::Cell;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 /// Time for the two sides of a connection to make sure of each other.
 const HANDSHAKE: Duration = Duration::from_secs(5);
 
-/// Time between two tries, and between two looks whether to stop.
+/// Longest time between two tries, and time between two looks whether to stop.
 const PAUSE: Duration = Duration::from_millis(100);
 
 /// Time between two words on whom is waited for.
@@ -168,6 +169,7 @@ impl Meeting<'_> {
     ) -> Result<TcpStream> {
         let me =
             Introduction { rank: self.group.rank as u32, world_size: self.group.world_size as u32, port };
+        let mut rests = pauses(PAUSE);
         loop {
             let error = match self.try_call(me, &resolve) {
                 Ok(stream) => return Ok(stream),
@@ -180,7 +182,7 @@ impl Meeting<'_> {
                 return Err(rendezvous(format!("rank {rank} does not answer: {error}")));
             }
             self.check(&format!("rank {rank} ({error})"))?;
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(rests.next().unwrap_or(PAUSE));
         }
     }
 
@@ -221,6 +223,12 @@ impl Meeting<'_> {
         limit(leader).map_err(lost)?;
         read_roster(leader, self.group.world_size).map_err(lost)
     }
+}
+
+/// Pauses between tries to find another rank: short at first, for most ranks start together, and later up to `longest`.
+pub fn pauses(longest: Duration) -> impl Iterator<Item = Duration> {
+    let first = Duration::from_millis(5);
+    ExponentialBuilder::new().with_min_delay(first).with_max_delay(longest).without_max_times().build()
 }
 
 /// A stream on which nobody waits for long.

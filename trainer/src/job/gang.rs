@@ -2,7 +2,7 @@
 
 use super::{JobError, Result};
 use crate::checkpoint::digest_bytes;
-use crate::collective::{CollectiveError, GRACE, Group, Identity, Mesh, Secret, meet};
+use crate::collective::{CollectiveError, GRACE, Group, Identity, Mesh, Secret, meet, pauses};
 use crate::model::layout::ParameterLayout;
 use crate::progress::Reporter;
 use crate::storage::{Storage, StorageError};
@@ -24,8 +24,8 @@ pub const ENV_SECRET: &str = "GROWTH_SECRET";
 /// better when to give up.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
 
-/// Time between two looks for the secret.
-const PAUSE: Duration = Duration::from_millis(200);
+/// Longest time between two looks for the secret; each is a request to the storage.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Time for the processes to end after the stage has.
 const FAREWELL: Duration = Duration::from_secs(15);
@@ -118,6 +118,7 @@ impl Pigeonhole {
 
     fn get(&self, give_up: &dyn Fn() -> Option<String>) -> Result<Secret> {
         let deadline = Instant::now() + PATIENCE;
+        let mut rests = pauses(PAUSE);
         loop {
             match self.folder.get(&self.name) {
                 Ok(bytes) => {
@@ -134,7 +135,7 @@ impl Pigeonhole {
                 let waited = PATIENCE.as_secs();
                 return Err(failed(format!("waited {waited} s for rank 0 to write {}", self.uri())));
             }
-            std::thread::sleep(PAUSE);
+            std::thread::sleep(rests.next().unwrap_or(PAUSE));
         }
     }
 
