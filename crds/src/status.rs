@@ -1,6 +1,8 @@
 //! The observed state: what the operator reports.
 
 use crate::conditions::MAX_CONDITIONS;
+use crate::plan::GrowthOperator;
+use crate::plan::growth::GrowthEffect;
 use crate::spec::schema::without_descriptions;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, Time};
 use kube::KubeSchema;
@@ -144,6 +146,9 @@ pub struct StageStatus {
     /// The growth step, of a stage that grows.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub transform: Option<AttemptStatus>,
+    /// What the growth step did.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth: Option<GrowthStatus>,
     /// The training attempt that runs or ran last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<AttemptStatus>,
@@ -171,6 +176,42 @@ pub struct StageStatus {
     /// Its last failure.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<FailureStatus>,
+}
+
+/// A growth step that is done: a summary of growth.json in its checkpoints. Numbers are text.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct GrowthStatus {
+    /// Its operator.
+    pub operator: GrowthOperator,
+    /// The paper's R_c: pairs of neighbouring layers that were neighbours before, of all pairs, as 21/23.
+    pub connection_rate: String,
+    /// What it does to the function by its definition.
+    pub expected_effect: GrowthEffect,
+    /// Largest absolute difference of two logits before and after, where that was measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_logit_difference: Option<String>,
+    /// Loss right before, in nats a token, where it was measured on held-out text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_before: Option<String>,
+    /// Loss right after.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_after: Option<String>,
+}
+
+impl std::fmt::Display for GrowthStatus {
+    /// In one line, for people.
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { operator, connection_rate, expected_effect, .. } = self;
+        write!(formatter, "{operator:?}, connection rate {connection_rate}, {expected_effect}")?;
+        if let (Some(before), Some(after)) = (&self.loss_before, &self.loss_after) {
+            write!(formatter, ", loss {before} -> {after}")?;
+        }
+        if let Some(difference) = &self.max_logit_difference {
+            write!(formatter, ", largest difference of two logits {difference}")?;
+        }
+        Ok(())
+    }
 }
 
 /// How many pods of a stage found a node.

@@ -226,6 +226,27 @@ fn depth_operators_resolve_to_lists() {
     }
 }
 
+#[test]
+fn interleave_and_zero_depth_reach_any_depth() {
+    let of = |operator: &str, order: Option<&str>, layers: u32| {
+        let mut spec = json!({"operator": operator});
+        if let Some(order) = order {
+            spec["zeroDepth"] = json!({"order": order});
+        }
+        let model = json!({"numHiddenLayers": layers});
+        let (plan, model) = growth(&[("/spec/stages/1/growth", spec), ("/spec/stages/1/model", model)]);
+        assert_eq!(model.num_hidden_layers, layers);
+        (plan.layers.clone(), plan.zero_output.clone(), plan.effect(2).0)
+    };
+    let (spike, preserving) = (GrowthEffect::Spike, GrowthEffect::Preserving);
+    assert_eq!(of("Interleave", None, 3), (vec![0, 0, 1], vec![], spike));
+    assert_eq!(of("ZeroDepth", None, 5), (vec![0, 0, 0, 1, 1], vec![1, 2, 4], preserving));
+    assert_eq!(of("ZeroDepth", Some("Stacked"), 5), (vec![0, 1, 0, 1, 0], vec![2, 3, 4], preserving));
+    // A multiple, said either way, is what it always was.
+    let by_factor = growth(&[("/spec/stages/1/growth", json!({"operator": "ZeroDepth", "factor": 3}))]).0;
+    assert_eq!(of("ZeroDepth", None, 6), (by_factor.layers, by_factor.zero_output, preserving));
+}
+
 fn sources(map: &WidthMap) -> Vec<Option<u32>> {
     map.sources().collect()
 }
@@ -548,7 +569,15 @@ fn every_mistake_says_what_to_do() {
                 ("/spec/stages/1/growth/factor", Value::Null),
                 ("/spec/stages/1/model", json!({"numHiddenLayers": 5})),
             ],
-            "spec.stages[1].model.numHiddenLayers: 5 layers are no multiple of the 2",
+            "spec.stages[1].model.numHiddenLayers: 5 layers are no multiple of the 2 that grow, which Stack repeats",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth/factor", Value::Null),
+                ("/spec/stages/1/growth/operator", json!("ZeroDepth")),
+                ("/spec/stages/1/model", json!({"numHiddenLayers": 2})),
+            ],
+            "spec.stages[1].model.numHiddenLayers: 2 layers are no more than the 2 that grow; use more",
         ),
         (
             vec![(

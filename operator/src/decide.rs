@@ -337,7 +337,12 @@ fn ended(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work,
         Work::Transform(index) => {
             let stage = draft.job.spec.stages[index].name.clone();
             keep_checkpoint(draft, work, finished.checkpoint);
-            draft.event(false, "StageGrown", format!("stage {stage} has its first checkpoint"), name);
+            let mut note = format!("stage {stage} has its first checkpoint");
+            if let Some(growth) = &finished.growth {
+                note = format!("{note}: {growth}");
+            }
+            draft.stage_mut(index).growth = finished.growth;
+            draft.event(false, "StageGrown", note, name);
         }
         Work::Train(index) => {
             let tokens = plan.stages.get(index).map_or(0, |stage| stage.tokens);

@@ -8,8 +8,10 @@ mod scaling;
 
 use common::{edit, example};
 use growth_crds::GrowthTrainingJob;
+use growth_crds::plan::GrowthOperator;
+use growth_crds::plan::growth::GrowthEffect;
 use growth_crds::protocol::{Outcome, Progress};
-use growth_crds::status::{CheckpointStatus, Phase, StageState};
+use growth_crds::status::{CheckpointStatus, GrowthStatus, Phase, StageState};
 use growth_operator::decide::{decide, job_to_ask};
 use growth_operator::draft::{Plan, Write};
 use growth_operator::names::Work;
@@ -140,6 +142,30 @@ fn checkpoint(step: i64) -> CheckpointStatus {
     }
 }
 
+fn stacked() -> GrowthStatus {
+    GrowthStatus {
+        operator: GrowthOperator::Stack,
+        connection_rate: "2/3".into(),
+        expected_effect: GrowthEffect::Spike,
+        max_logit_difference: Some("3.10e0".into()),
+        loss_before: Some("4.1312".into()),
+        loss_after: Some("4.2131".into()),
+    }
+}
+
+/// A trainer of another make, or of an older version, says nothing of it.
+#[test]
+fn a_growth_step_without_a_record_is_done_all_the_same() {
+    let mut world = training(&[]);
+    world.succeed("tiny-small-t1", "train", Some("small"), 1, &Outcome::finished(Some(checkpoint(256))));
+    let outcome = Outcome::finished(Some(checkpoint(0)));
+    let plan = world.succeed("tiny-large-grow--t1", "transform", Some("large"), 1, &outcome);
+    assert_eq!(starts(&plan), [(Work::Train(1), 1)]);
+    assert_eq!(plan.status.stages[1].growth, None);
+    let grown = plan.events.iter().find(|event| event.reason == "StageGrown").unwrap();
+    assert_eq!(grown.note, "stage large has its first checkpoint");
+}
+
 fn starts(plan: &Plan) -> Vec<(Work, i32)> {
     let start = |write: &Write| match write {
         Write::Start(attempt) => Some((attempt.work, attempt.number)),
@@ -193,15 +219,24 @@ fn the_main_path() {
         "transform",
         Some("large"),
         1,
-        &Outcome::finished(Some(checkpoint(0))),
+        &Outcome { growth: Some(stacked()), ..Outcome::finished(Some(checkpoint(0))) },
     );
     assert_eq!(starts(&plan), [(Work::Train(1), 1)]);
+    let grown = plan.events.iter().find(|event| event.reason == "StageGrown").unwrap();
+    assert_eq!(
+        grown.note,
+        "stage large has its first checkpoint: Stack, connection rate 2/3, the loss jumps at first, loss 4.1312 -> \
+         4.2131, largest difference of two logits 3.10e0"
+    );
+    assert_eq!(plan.status.stages[1].growth, Some(stacked()));
+    assert_eq!(plan.status.stages[0].growth, None);
 
     let plan =
         world.succeed("tiny-large-t1", "train", Some("large"), 1, &Outcome::finished(Some(checkpoint(1024))));
     assert_eq!(starts(&plan), []);
     assert_eq!(world.phase(), Phase::Complete);
     assert_eq!(world.condition("Complete").0, "True");
+    assert_eq!(plan.status.stages[1].growth, Some(stacked()), "it stays");
     let plan = world.after(1_000_000);
     assert!(plan.writes.is_empty() && plan.events.is_empty(), "something happens after the end: {plan:?}");
 }

@@ -9,6 +9,7 @@ use common::jobs::{
     submit, trains, two_stages, wait, with_operator,
 };
 use growth_crds::GrowthTrainingJob;
+use growth_crds::plan::GrowthOperator;
 use growth_crds::status::Phase;
 use growth_tests::testing::{Environment, TestNamespace};
 use k8s_openapi::api::core::v1::Pod;
@@ -36,6 +37,10 @@ async fn a_job_runs_from_apply_to_complete_and_has_the_bits_of_one_machine() -> 
             assert_eq!(events.len(), 4);
             let status = job.status.as_ref().unwrap();
             assert_eq!((status.restarts, status.execution_attempts), (None, Some(4)));
+            let growth = status.stages[1].growth.as_ref().unwrap();
+            assert_eq!((growth.operator, &*growth.connection_rate), (GrowthOperator::Stack, "2/3"));
+            assert!(growth.loss_before.is_some() && growth.loss_after.is_some(), "{growth:?}");
+            assert!(described.contains(&format!("has its first checkpoint: {growth}")), "{described}");
             print_calls(namespace)?;
             // Nothing is held after the end, and deleting the job takes its children along; checkpoints stay.
             kubectl(namespace, "delete gtj tiny --cascade=foreground --timeout=60s")?;

@@ -11,12 +11,21 @@ use crate::spec::stage::GrowthSpec;
 use serde::{Deserialize, Serialize};
 
 /// What a growth does to the function that the model computes.
-#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq, schemars::JsonSchema)]
 pub enum GrowthEffect {
     /// Nothing, but for rounding.
     Preserving,
     /// The loss jumps, and has to be trained down again.
     Spike,
+}
+
+impl std::fmt::Display for GrowthEffect {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str(match self {
+            Self::Preserving => "the function stays",
+            Self::Spike => "the loss jumps at first",
+        })
+    }
 }
 
 impl GrowthPlan {

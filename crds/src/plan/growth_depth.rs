@@ -4,7 +4,7 @@ use super::GrowthOperator;
 use super::LayerOrder;
 use super::error::Findings;
 use super::growth_map::{
-    MAX_LAYERS, further_copies, interleave, lidas, llama_pro, midas, parse_pattern, solar, stack,
+    MAX_LAYERS, further_copies, interleave, lidas, llama_pro, midas, parse_pattern, repeat, solar,
 };
 use crate::spec::stage::{GrowthSpec, LayerMapSpec};
 
@@ -33,24 +33,27 @@ impl DepthRequest<'_> {
         if self.operator == GrowthOperator::LayerMap {
             return self.resolve_map(findings);
         }
-        let factor = self.resolve_factor(findings)?;
+        let target = self.resolve_target(findings)?;
         let (source, order) = (self.source_layers, self.growth.zero_depth.unwrap_or_default().order);
         let layers = match (self.operator, order) {
             (GrowthOperator::Interleave, _) | (GrowthOperator::ZeroDepth, LayerOrder::Interleaved) => {
-                interleave(source, factor)
+                interleave(source, target)
             }
-            _ => stack(source, factor),
+            _ => repeat(source, target),
         };
         let zero = self.operator == GrowthOperator::ZeroDepth;
         let zero_output = if zero { further_copies(&layers) } else { Vec::new() };
         Some(Depth { layers, zero_output })
     }
 
-    fn resolve_factor(&self, findings: &mut Findings) -> Option<u32> {
+    /// How deep the model becomes.
+    fn resolve_target(&self, findings: &mut Findings) -> Option<u32> {
         let (depth, place, operator) = (self.source_layers, &self.place, self.operator);
-        let factor = match (self.factor, self.target_layers) {
-            (Some(factor), None) => factor,
-            (Some(factor), Some(target)) if depth.checked_mul(factor) == Some(target) => factor,
+        let target = match (self.factor, self.target_layers) {
+            (Some(factor), None) => self.multiply(factor, findings)?,
+            (Some(factor), Some(target)) if depth.checked_mul(factor) == Some(target) => {
+                self.multiply(factor, findings)?
+            }
             (Some(factor), Some(target)) => {
                 let made = u64::from(depth) * u64::from(factor);
                 let message = format!(
@@ -59,14 +62,7 @@ impl DepthRequest<'_> {
                 findings.error(format!("{place}.factor"), message);
                 return None;
             }
-            (None, Some(target)) if target % depth == 0 => target / depth,
-            (None, Some(target)) => {
-                let message = format!(
-                    "{target} layers are no multiple of the {depth} that grow; choose a multiple, or use operator LayerMap"
-                );
-                findings.error(format!("{}.model.numHiddenLayers", self.field), message);
-                return None;
-            }
+            (None, Some(target)) => self.check_target(target, findings)?,
             (None, None) => {
                 let message = format!(
                     "{operator:?} needs to know how deep; set factor (4 is the paper's choice) or model.numHiddenLayers"
@@ -75,22 +71,48 @@ impl DepthRequest<'_> {
                 return None;
             }
         };
-        self.check_factor(factor, findings)
+        self.note_extremes(target, findings);
+        Some(target)
     }
 
-    fn check_factor(&self, factor: u32, findings: &mut Findings) -> Option<u32> {
-        let (depth, field, place) = (self.source_layers, self.field, &self.place);
+    fn multiply(&self, factor: u32, findings: &mut Findings) -> Option<u32> {
+        let (depth, place) = (self.source_layers, &self.place);
         if factor < 2 {
             findings
                 .error(format!("{place}.factor"), format!("factor {factor} does not grow; use 2 or more"));
             return None;
         }
-        if depth.checked_mul(factor).is_none_or(|layers| layers > MAX_LAYERS) {
+        let target = depth.checked_mul(factor).filter(|layers| *layers <= MAX_LAYERS);
+        if target.is_none() {
             let message = format!("{depth} layers times {factor} are more than {MAX_LAYERS}; lower factor");
             findings.error(format!("{place}.factor"), message);
-            return None;
         }
-        if factor > 8 {
+        target
+    }
+
+    fn check_target(&self, target: u32, findings: &mut Findings) -> Option<u32> {
+        let (depth, operator) = (self.source_layers, self.operator);
+        // These repeat single layers, as often as each must be.
+        let any_depth = matches!(operator, GrowthOperator::Interleave | GrowthOperator::ZeroDepth);
+        let message = if target <= depth {
+            format!("{target} layers are no more than the {depth} that grow; use more")
+        } else if target > MAX_LAYERS {
+            format!("{target} layers are more than {MAX_LAYERS}; use fewer")
+        } else if !any_depth && !target.is_multiple_of(depth) {
+            format!(
+                "{target} layers are no multiple of the {depth} that grow, which {operator:?} repeats as a whole; choose a multiple, or use operator Interleave, ZeroDepth or LayerMap"
+            )
+        } else {
+            return Some(target);
+        };
+        findings.error(format!("{}.model.numHiddenLayers", self.field), message);
+        None
+    }
+
+    fn note_extremes(&self, target: u32, findings: &mut Findings) {
+        let (depth, field) = (self.source_layers, self.field);
+        if u64::from(target) > 8 * u64::from(depth) {
+            let factor = target.div_ceil(depth.max(1));
             findings.note(format!(
                 "{field}: factor {factor} is far above the 2 to 4 that the paper found best; the base may be too small to help"
             ));
@@ -100,7 +122,6 @@ impl DepthRequest<'_> {
                 "{field}: a base of {depth} layer lost to training from scratch in the paper; use at least 2 layers"
             ));
         }
-        Some(factor)
     }
 
     fn resolve_map(&self, findings: &mut Findings) -> Option<Depth> {

@@ -7,12 +7,19 @@ pub const MAX_LAYERS: u32 = 1024;
 
 /// G_stack: the whole model, `factor` times.
 pub fn stack(source_layers: u32, factor: u32) -> Vec<u32> {
-    (0..factor).flat_map(|_| 0..source_layers).collect()
+    repeat(source_layers, source_layers.saturating_mul(factor))
 }
 
-/// Every layer `factor` times in its place: target layer i is source layer floor(i / factor).
-pub fn interleave(source_layers: u32, factor: u32) -> Vec<u32> {
-    (0..source_layers).flat_map(|layer| (0..factor).map(move |_| layer)).collect()
+/// The whole model again and again, until there are `target_layers`: target layer i is source layer i mod L.
+pub fn repeat(source_layers: u32, target_layers: u32) -> Vec<u32> {
+    (0..source_layers).cycle().take(target_layers as usize).collect()
+}
+
+/// Every layer about equally often, in its place: target layer i of L' is source layer floor(i L / L').
+pub fn interleave(source_layers: u32, target_layers: u32) -> Vec<u32> {
+    let source = |target: u32| u64::from(target) * u64::from(source_layers) / u64::from(target_layers);
+    // Below `source_layers`, for a target is below `target_layers`.
+    (0..target_layers).map(|target| source(target) as u32).collect()
 }
 
 /// SOLAR: the model without its last `dropped` layers, then the model without its first.
@@ -140,9 +147,32 @@ mod tests {
     #[test]
     fn stack_and_interleave_of_eight_layers() {
         assert_eq!(connection_rate(&stack(8, 3)), (21, 23));
-        let interleaved = interleave(8, 3);
+        let interleaved = interleave(8, 24);
         assert!((0u32..).zip(&interleaved).all(|(target, source)| *source == target / 3));
         assert_eq!(connection_rate(&interleaved), (7, 23));
+    }
+
+    #[test]
+    fn any_depth_is_spread_evenly() {
+        assert_eq!(interleave(4, 6), [0, 0, 1, 2, 2, 3]);
+        assert_eq!(interleave(3, 4), [0, 0, 1, 2]);
+        assert_eq!(repeat(3, 5), [0, 1, 2, 0, 1]);
+        for (source, target) in (1u32..20).flat_map(|source| (source..70).map(move |target| (source, target)))
+        {
+            let layers = interleave(source, target);
+            assert!(layers.is_sorted() && layers.len() == target as usize);
+            let copies = |layer: u32| layers.iter().filter(|source| **source == layer).count();
+            let (least, most) = (target as usize / source as usize, target.div_ceil(source) as usize);
+            assert!((0..source).all(|layer| (least..=most).contains(&copies(layer))), "{source} to {target}");
+            // What multiples have always given.
+            if target % source == 0 {
+                let factor = target / source;
+                let repeated: Vec<u32> =
+                    (0..source).flat_map(|layer| (0..factor).map(move |_| layer)).collect();
+                assert_eq!(layers, repeated);
+                assert_eq!(repeat(source, target), stack(source, factor));
+            }
+        }
     }
 
     #[test]

@@ -232,7 +232,7 @@ pub struct NoisePlan {
 pub enum GrowthOperator {
     /// G_stack: the whole model repeated; target layer i is source layer i mod L.
     Stack,
-    /// Every layer repeated in its place; target layer i is source layer floor(i / factor).
+    /// Every layer repeated in its place; target layer i of L' is source layer floor(i L / L').
     Interleave,
     /// An explicit list of source layers.
     LayerMap,

@@ -1,9 +1,9 @@
 //! The last word of a trainer pod. It goes into the pod's termination message, so it survives an operator that was away.
 
-use super::{CheckpointManifest, contract::MAX_OUTCOME_BYTES};
-use crate::status::CheckpointStatus;
+use super::{CheckpointManifest, GrowthRecord, GrowthSample, contract::MAX_OUTCOME_BYTES};
+use crate::status::{CheckpointStatus, GrowthStatus};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use std::collections::BTreeMap;
 
 /// How a pod's work ended.
@@ -15,6 +15,9 @@ pub struct Outcome {
     /// Training and growth: the checkpoint that is committed now.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub checkpoint: Option<CheckpointStatus>,
+    /// Growth: what it did, where the checkpoint says so.
+    #[serde(skip_serializing_if = "Option::is_none", default, deserialize_with = "readable")]
+    pub growth: Option<GrowthStatus>,
     /// Data preparation: the newest attempt of every stage that the storage knows already, so that a job that began
     /// elsewhere goes on with higher numbers.
     #[serde(skip_serializing_if = "BTreeMap::is_empty", default)]
@@ -38,7 +41,13 @@ pub enum OutcomeResult {
 impl Outcome {
     /// All is done.
     pub fn finished(checkpoint: Option<CheckpointStatus>) -> Self {
-        Self { result: OutcomeResult::Finished, checkpoint, attempts: BTreeMap::new(), message: None }
+        let attempts = BTreeMap::new();
+        Self { result: OutcomeResult::Finished, checkpoint, growth: None, attempts, message: None }
+    }
+
+    /// A growth step is done.
+    pub fn grown(checkpoint: CheckpointStatus, record: Option<&GrowthRecord>) -> Self {
+        Self { growth: record.map(growth_status), ..Self::finished(Some(checkpoint)) }
     }
 
     /// It stopped where `checkpoint` is.
@@ -63,6 +72,30 @@ impl Outcome {
     }
 }
 
+/// `None` for what this version cannot read: a record for people is not worth the outcome that it comes with.
+fn readable<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<GrowthStatus>, D::Error> {
+    Ok(serde_json::from_value(serde_json::Value::deserialize(deserializer)?).ok())
+}
+
+/// What the status says of a growth step.
+pub fn growth_status(record: &GrowthRecord) -> GrowthStatus {
+    let number = |value: Option<f64>, text: fn(f64) -> String| value.map_or("not finite".to_owned(), text);
+    // The loss of random tokens says nothing.
+    let held_out = record.measured.as_ref().filter(|measured| measured.sample == GrowthSample::HeldOut);
+    let loss = |loss: Option<f64>| number(loss, |loss| format!("{loss:.4}"));
+    GrowthStatus {
+        operator: record.operator,
+        connection_rate: format!("{}/{}", record.connection_rate.kept, record.connection_rate.pairs),
+        expected_effect: record.expected,
+        max_logit_difference: record
+            .measured
+            .as_ref()
+            .map(|measured| number(measured.max_logit_difference, |difference| format!("{difference:.2e}"))),
+        loss_before: held_out.map(|measured| loss(measured.loss_before)),
+        loss_after: held_out.map(|measured| loss(measured.loss_after)),
+    }
+}
+
 /// What the status says of the checkpoint with this manifest, in the folder `uri`.
 pub fn checkpoint_status(manifest: &CheckpointManifest, uri: &str) -> CheckpointStatus {
     CheckpointStatus {
@@ -77,7 +110,10 @@ pub fn checkpoint_status(manifest: &CheckpointManifest, uri: &str) -> Checkpoint
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::super::{ConnectionRate, GrowthMeasurement};
     use super::*;
+    use crate::plan::growth::GrowthEffect;
+    use crate::plan::{GrowthOperator, OptimizerStatePolicy};
 
     #[test]
     fn an_outcome_is_read_as_it_was_written() {
@@ -91,6 +127,52 @@ mod tests {
         let outcome = Outcome::stopped(checkpoint);
         assert_eq!(Outcome::parse(&serde_json::to_string(&outcome).unwrap()), Some(outcome));
         assert_eq!(Outcome::parse("Killed"), None);
+    }
+
+    fn record(sample: GrowthSample, loss_after: Option<f64>) -> GrowthRecord {
+        GrowthRecord {
+            operator: GrowthOperator::Stack,
+            layers: vec![0, 1, 0, 1],
+            connection_rate: ConnectionRate { kept: 2, pairs: 3 },
+            source_parameters: 10,
+            target_parameters: 20,
+            optimizer_state: OptimizerStatePolicy::Reset,
+            expected: GrowthEffect::Spike,
+            reason: "layers run more than once".into(),
+            measured: Some(GrowthMeasurement {
+                sample,
+                tokens: 512,
+                max_logit_difference: Some(3.25),
+                max_logit: Some(9.0),
+                loss_before: Some(4.0),
+                loss_after,
+            }),
+            // More than a termination message holds.
+            new_tensors: vec!["model.layers.2.mlp.down_proj.weight".into(); 500],
+            widened_tensors: Vec::new(),
+            zero_tensors: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_growth_step_says_what_it_did_in_few_words() {
+        let outcome = Outcome::grown(CheckpointStatus::default(), Some(&record(GrowthSample::HeldOut, None)));
+        let json = serde_json::to_string(&outcome).unwrap();
+        assert!(json.len() <= MAX_OUTCOME_BYTES / 4, "{}", json.len());
+        assert_eq!(Outcome::parse(&json), Some(outcome.clone()));
+        assert_eq!(
+            outcome.growth.unwrap().to_string(),
+            "Stack, connection rate 2/3, the loss jumps at first, loss 4.0000 -> not finite, largest difference of two \
+             logits 3.25e0"
+        );
+        let random = growth_status(&record(GrowthSample::Random, Some(4.5)));
+        assert_eq!((random.loss_before, random.max_logit_difference.as_deref()), (None, Some("3.25e0")));
+    }
+
+    #[test]
+    fn an_unknown_growth_costs_nothing_else() {
+        let said = r#"{"result": "Finished", "growth": {"operator": "FutureDepth"}}"#;
+        assert_eq!(Outcome::parse(said), Some(Outcome::finished(None)));
     }
 
     #[test]

@@ -18,7 +18,7 @@ pub use background::{AsyncCheckpointer, Committed, Outcome};
 pub use config::{TokenIds, config_json, generation_config_json, parse_config};
 pub use error::{CheckpointError, Result};
 pub use huggingface::HuggingFaceFolder;
-pub use objects::{Problem, state_digest, verify};
+pub use objects::{Problem, read_record, state_digest, verify};
 pub use pace::Pace;
 pub use reader::{Commit, Found, LoadedPart, latest_valid, list, load, load_part, next_attempt, resume};
 pub use retention::{Retention, prune, remove_unfinished};

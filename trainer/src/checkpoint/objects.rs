@@ -23,6 +23,15 @@ impl std::fmt::Display for Problem {
     }
 }
 
+/// An object beside the state of a committed checkpoint, where its manifest lists it.
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn read_record(folder: &Storage, manifest: &CheckpointManifest, name: &str) -> Result<Option<Bytes>> {
+    let is_there = manifest.objects.iter().any(|object| object.name == name);
+    is_there.then(|| Ok(folder.get(name)?)).transpose()
+}
+
 /// Digest of some bytes as manifests write it.
 pub(crate) fn digest_bytes(bytes: &[u8]) -> String {
     digest_text(blake3::hash(bytes))

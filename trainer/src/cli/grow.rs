@@ -2,7 +2,6 @@
 
 use super::{End, Options, eval::absolute, print_json, train::read_plan};
 use anyhow::{Context, bail};
-use growth_crds::plan::growth::GrowthEffect;
 use growth_crds::plan::{
     CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, LayerOrder, OptimizerStatePolicy, StageStart,
     WidthSplit, resolve_checkpoint_growth,
@@ -162,7 +161,8 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
         None => grow_folder(arguments, &mut reporter)?,
     };
     drop(reporter);
-    options.report(&Outcome::finished(Some(checkpoint_status(&grown.manifest, &grown.uri))))?;
+    let checkpoint = checkpoint_status(&grown.manifest, &grown.uri);
+    options.report(&Outcome::grown(checkpoint, grown.record.as_ref()))?;
     if options.json {
         let mut answer = json!(grown.manifest);
         answer["growth"] = json!(grown.record);
@@ -180,10 +180,6 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
 /// What a growth step did, for people.
 fn describe(record: &GrowthRecord) -> String {
     let (kept, pairs) = (record.connection_rate.kept, record.connection_rate.pairs);
-    let expected = match record.expected {
-        GrowthEffect::Preserving => "the function stays",
-        GrowthEffect::Spike => "the loss jumps at first",
-    };
     let mut lines = vec![
         format!(
             "{:?}: {} layers, {} -> {} parameters",
@@ -193,7 +189,7 @@ fn describe(record: &GrowthRecord) -> String {
             count(record.target_parameters as f64)
         ),
         format!("  connection rate  {kept} of {pairs} pairs of neighbours"),
-        format!("  expected         {expected}: {}", record.reason),
+        format!("  expected         {}: {}", record.expected, record.reason),
         format!(
             "  tensors          {} in new layers, {} wider, {} zero",
             record.new_tensors.len(),

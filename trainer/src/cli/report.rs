@@ -45,6 +45,10 @@ pub fn show(plan: &JobPlan, storage: &Storage, options: &Options) -> anyhow::Res
     if let Some(table) = report::goodput_table(goodput) {
         println!("{table}\n");
     }
+    let growths = stages.iter().filter_map(|stage| Some((stage.stage.as_str(), stage.growth.as_ref()?)));
+    if let Some(table) = report::growth_table(growths) {
+        println!("{table}\n");
+    }
     if let Some(plot) = report::plot(&stages, 64, 14) {
         println!("{plot}\n");
     }

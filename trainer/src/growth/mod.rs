@@ -12,7 +12,7 @@ use crate::checkpoint::DEFAULT_SHARD_BYTES;
 use crate::checkpoint::{
     CheckpointError, CheckpointLocation, Commit, Commitment, ExtraFile, HuggingFaceFolder, Problem, ShardSet,
     TensorIndex, commit_of, digest_bytes, list, model_specs, moment_specs, put_object, put_small_objects,
-    put_trainer_state, read_trainer_state, refuse_if_committed, stage_folder, verify,
+    put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder, verify,
 };
 use crate::model::layout::ParameterLayout;
 use crate::storage::Storage;
@@ -487,10 +487,8 @@ fn reusable_folder(folder: &Storage, origin: &CheckpointOrigin) -> Result<Option
 
 fn reused(folder: &Storage, manifest: CheckpointManifest) -> Result<GrownCheckpoint> {
     // An earlier version wrote none; one that cannot be read says nothing about the checkpoint.
-    let record = match manifest.objects.iter().any(|object| object.name == GROWTH_RECORD_FILE) {
-        true => serde_json::from_slice(&folder.get(GROWTH_RECORD_FILE)?).ok(),
-        false => None,
-    };
+    let record = read_record(folder, &manifest, GROWTH_RECORD_FILE)?;
+    let record = record.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     Ok(GrownCheckpoint { manifest, uri: folder.uri().to_owned(), reused: true, record })
 }
 

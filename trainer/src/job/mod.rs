@@ -10,7 +10,7 @@ use crate::data::{self, Dataset, Verification};
 use crate::growth::{self, GrownCheckpoint, GrowthTarget, Measure};
 use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, Unit};
-use crate::report::{Goodput, StageReport};
+use crate::report::{Goodput, GrowthReport, StageReport};
 use crate::storage::{Storage, StorageOptions};
 use crate::training::attempt;
 use crate::training::board::ProgressBoard;
@@ -18,7 +18,7 @@ use crate::training::history::History;
 use crate::training::stage::{self, StageEnd, StageInputs, TrainError, read_history};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::plan::{GrowthPlan, JobPlan, ModelConfig, StagePlan, StageStart, ranks};
-use growth_crds::protocol::CheckpointManifest;
+use growth_crds::protocol::{CheckpointManifest, GROWTH_RECORD_FILE, GrowthRecord};
 use growth_crds::spec::storage::StorageSpec;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -289,6 +289,7 @@ pub fn grow_checkpoint(
 pub fn report(plan: &JobPlan, storage: &Storage) -> Result<Vec<StageReport>> {
     let mut flops_before = 0.0;
     let mut stages = Vec::new();
+    let mut before: Option<&StagePlan> = None;
     for stage in &plan.stages {
         let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
         let newest = found.iter().rev().find_map(|found| found.committed());
@@ -302,9 +303,24 @@ pub fn report(plan: &JobPlan, storage: &Storage) -> Result<Vec<StageReport>> {
         let attempts = attempt::list(storage, &stage.job, &stage.stage)?;
         let step_tokens = stage.training.global_batch_tokens;
         let goodput = Goodput::new(&attempts, step_tokens, newest.map_or(0, |manifest| manifest.step));
-        let report = StageReport::new(stage, tokens, &history, flops_before, folder, goodput);
+        let mut report = StageReport::new(stage, tokens, &history, flops_before, folder, goodput);
+        if let (Some(before), Some(record)) = (before, growth_record(storage, &found)?) {
+            report.growth = Some(GrowthReport::new(before, stage, &record));
+        }
         flops_before += report.flops;
         stages.push(report);
+        before = Some(stage);
     }
     Ok(stages)
+}
+
+/// The record of the growth step in the newest checkpoint that has one; another trainer may not pass it on.
+fn growth_record(storage: &Storage, checkpoints: &[checkpoint::Found]) -> Result<Option<GrowthRecord>> {
+    for manifest in checkpoints.iter().rev().filter_map(|found| found.committed()) {
+        let folder = checkpoint::checkpoint_folder(storage, manifest);
+        if let Some(bytes) = checkpoint::read_record(&folder, manifest, GROWTH_RECORD_FILE)? {
+            return Ok(serde_json::from_slice(&bytes).ok());
+        }
+    }
+    Ok(None)
 }

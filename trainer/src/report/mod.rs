@@ -2,6 +2,7 @@
 //! what lies in the job's storage.
 
 mod goodput;
+mod growth;
 mod svg;
 mod table;
 mod terminal;
@@ -11,6 +12,7 @@ use growth_crds::plan::StagePlan;
 use serde::Serialize;
 
 pub use goodput::{Goodput, goodput_table};
+pub use growth::{GrowthReport, ModelSizes, growth_table};
 pub use svg::svg;
 pub use table::table;
 pub use terminal::plot;
@@ -47,6 +49,9 @@ pub struct StageReport {
     pub checkpoint: Option<String>,
     /// What the time went into.
     pub goodput: Goodput,
+    /// The growth step before it, where there was one and its record is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub growth: Option<GrowthReport>,
 }
 
 /// One measurement of the validation loss.
@@ -89,6 +94,7 @@ impl StageReport {
             curve: curve.collect(),
             checkpoint,
             goodput,
+            growth: None,
         }
     }
 }
@@ -135,6 +141,7 @@ mod tests {
                 .collect(),
             checkpoint: Some(format!("file:///{name}")),
             goodput: Goodput::default(),
+            growth: None,
         };
         vec![stage("small", 0.0, &[8.0, 6.0, 5.0]), stage("large", 3e11, &[5.5, 4.5, 4.0])]
     }

@@ -15,8 +15,9 @@ use crate::training::history::{EvaluationRecord, History, StepRecord};
 use crate::training::resharding::{self, ReshardError};
 use crate::training::schedule::learning_rate;
 use crate::training::step::{StepEngine, StepSettings, StepSizes};
+use bytes::Bytes;
 use growth_crds::plan::{StagePlan, StageStart, TrainingPlan, ranks};
-use growth_crds::protocol::{CheckpointManifest, Progress, checkpoint_status};
+use growth_crds::protocol::{CheckpointManifest, GROWTH_RECORD_FILE, Progress, checkpoint_status};
 use growth_crds::status::CheckpointStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -213,6 +214,7 @@ struct Signals {
 struct Start {
     state: TrainingState,
     history: History,
+    growth_record: Option<Bytes>,
     resumed: Option<CheckpointManifest>,
 }
 
@@ -227,6 +229,8 @@ struct StageRun<'a> {
     table: ObjectTable,
     state: TrainingState,
     history: History,
+    /// What the growth step wrote about itself: every checkpoint of the stage carries it, for the first one goes.
+    growth_record: Option<Bytes>,
     checkpointer: AsyncCheckpointer,
     /// The newest checkpoint that is known to be committed.
     committed: Option<CheckpointManifest>,
@@ -261,7 +265,8 @@ impl<'a> StageRun<'a> {
             ));
         }
         let engine = StepEngine::new(plan.model.clone(), sizes_of(training), rank, world_size);
-        let Start { state, history, resumed } = start_state(inputs, &engine, collective, reporter)?;
+        let Start { state, history, growth_record, resumed } =
+            start_state(inputs, &engine, collective, reporter)?;
         let location = CheckpointLocation {
             storage: storage.clone(),
             job: plan.job.clone(),
@@ -309,6 +314,7 @@ impl<'a> StageRun<'a> {
             table,
             state,
             history,
+            growth_record,
             checkpointer,
             committed: resumed,
             last_checkpoint: Instant::now(),
@@ -431,7 +437,9 @@ impl<'a> StageRun<'a> {
         let begin = Instant::now();
         self.last_checkpoint = begin;
         let history = serde_json::to_vec(&self.history).map_err(std::io::Error::other);
-        let records = history.map(|bytes| vec![ExtraFile::new(HISTORY_FILE, bytes)]).unwrap_or_default();
+        let history = history.ok().map(|bytes| ExtraFile::new(HISTORY_FILE, bytes));
+        let growth = self.growth_record.clone().map(|bytes| ExtraFile::new(GROWTH_RECORD_FILE, bytes));
+        let records = history.into_iter().chain(growth).collect();
         let Self { state, table, engine, collective, .. } = self;
         let layout = engine.model().layout();
         let before = self.checkpointer.submit(records, |snapshot| {
@@ -527,7 +535,9 @@ fn start_state(
     if let Some((manifest, mut state)) = found {
         add_moments(&mut state, shards.own_len());
         let history = read_history(storage, &manifest)?;
-        return Ok(Start { state, history, resumed: Some(manifest) });
+        let folder = checkpoint::checkpoint_folder(storage, &manifest);
+        let growth_record = checkpoint::read_record(&folder, &manifest, GROWTH_RECORD_FILE)?;
+        return Ok(Start { state, history, growth_record, resumed: Some(manifest) });
     }
     let parameters = match &plan.start {
         StageStart::Random { initializer } => initialize(&plan.model, *initializer, plan.training.seed),
@@ -538,7 +548,7 @@ fn start_state(
     };
     let mut state = TrainingState { parameters, ..TrainingState::default() };
     add_moments(&mut state, shards.own_len());
-    Ok(Start { state, history: History::default(), resumed: None })
+    Ok(Start { state, history: History::default(), growth_record: None, resumed: None })
 }
 
 /// A grown or imported checkpoint has no moments: they start at zero.
@@ -554,11 +564,9 @@ fn add_moments(state: &mut TrainingState, len: usize) {
 /// When the storage does not answer.
 pub fn read_history(storage: &Storage, manifest: &CheckpointManifest) -> Result<History> {
     let folder = checkpoint::checkpoint_folder(storage, manifest);
-    if !manifest.objects.iter().any(|object| object.name == HISTORY_FILE) {
-        return Ok(History::default());
-    }
+    let history = checkpoint::read_record(&folder, manifest, HISTORY_FILE)?;
     // A record that cannot be read is worth less than the training that could go on without it.
-    Ok(serde_json::from_slice(&folder.get(HISTORY_FILE)?).unwrap_or_default())
+    Ok(history.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default())
 }
 
 /// Weights of the Hugging Face folder that the first stage starts from.
