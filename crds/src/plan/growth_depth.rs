@@ -25,6 +25,15 @@ pub(super) struct DepthRequest<'a> {
 pub(super) struct Depth {
     pub layers: Vec<u32>,
     pub zero_output: Vec<u32>,
+    /// Layers above these that have no source.
+    pub new_layers: u32,
+}
+
+impl Depth {
+    /// Copies, all of them live.
+    pub fn of(layers: Vec<u32>) -> Self {
+        Self { layers, zero_output: Vec::new(), new_layers: 0 }
+    }
 }
 
 impl DepthRequest<'_> {
@@ -32,6 +41,9 @@ impl DepthRequest<'_> {
     pub fn resolve(&self, findings: &mut Findings) -> Option<Depth> {
         if self.operator == GrowthOperator::LayerMap {
             return self.resolve_map(findings);
+        }
+        if self.operator == GrowthOperator::RandomDepth {
+            return self.resolve_new_layers(findings);
         }
         let factor = self.resolve_factor(findings)?;
         let (source, order) = (self.source_layers, self.growth.zero_depth.unwrap_or_default().order);
@@ -43,7 +55,25 @@ impl DepthRequest<'_> {
         };
         let zero = self.operator == GrowthOperator::ZeroDepth;
         let zero_output = if zero { further_copies(&layers) } else { Vec::new() };
-        Some(Depth { layers, zero_output })
+        Some(Depth { zero_output, ..Depth::of(layers) })
+    }
+
+    /// The old layers as they are, and any number of new ones above them.
+    fn resolve_new_layers(&self, findings: &mut Findings) -> Option<Depth> {
+        let source = self.source_layers;
+        let target = match (self.factor, self.target_layers) {
+            (None, Some(target)) => target,
+            _ => source.saturating_mul(self.resolve_factor(findings)?),
+        };
+        if target <= source || target > MAX_LAYERS {
+            let message = format!(
+                "{target} layers cannot be made by adding to the {source} that grow; use {} to {MAX_LAYERS}",
+                source.saturating_add(1)
+            );
+            findings.error(format!("{}.model.numHiddenLayers", self.field), message);
+            return None;
+        }
+        Some(Depth { new_layers: target - source, ..Depth::of((0..source).collect()) })
     }
 
     fn resolve_factor(&self, findings: &mut Findings) -> Option<u32> {
@@ -142,7 +172,7 @@ impl DepthRequest<'_> {
         }
         let zero = map.zero_output.unwrap_or(map.llama_pro.is_some());
         let zero_output = if zero { further_copies(&layers) } else { Vec::new() };
-        Some(Depth { layers, zero_output })
+        Some(Depth { zero_output, ..Depth::of(layers) })
     }
 
     fn read_map(&self, map: &LayerMapSpec, findings: &mut Findings) -> Option<(&'static str, Vec<u32>)> {
