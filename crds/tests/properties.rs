@@ -47,7 +47,16 @@ prop_compose! {
 }
 
 fn any_operator() -> impl Strategy<Value = &'static str> {
-    prop::sample::select(vec!["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth"])
+    prop::sample::select(vec![
+        "Stack",
+        "Interleave",
+        "LayerMap",
+        "ZeroDepth",
+        "DirectWidth",
+        "ZeroWidth",
+        "RandomDepth",
+        "RandomWidth",
+    ])
 }
 
 fn preset() -> impl Strategy<Value = &'static str> {
@@ -59,6 +68,11 @@ fn growth() -> impl Strategy<Value = Value> {
         optional(count()).prop_map(|factor| without_nulls(json!({"operator": "Stack", "factor": factor}))),
         prop::collection::vec(count(), 0..30)
             .prop_map(|layers| json!({"operator": "LayerMap", "layerMap": {"layers": layers}})),
+        (any_operator(), count(), tokens())
+            .prop_filter("a ramp has a length", |(.., ramp)| ramp.is_number())
+            .prop_map(|(operator, factor, ramp)| json!({
+                "operator": operator, "factor": factor, "randomDepth": {"rampTokens": ramp},
+            })),
         "[0-9*-]{0,12}".prop_map(|pattern| json!({"operator": "LayerMap", "layerMap": {"pattern": pattern}})),
         Just(json!({"operator": "LayerMap", "factor": 3})),
         (
@@ -189,7 +203,10 @@ fn check_plan(plan: &JobPlan) -> Result<(), TestCaseError> {
         if let StageStart::Growth(growth) = &stage.start {
             let source = &plan.stages[index - 1];
             prop_assert_eq!(&growth.from_stage, &source.stage);
-            prop_assert_eq!(growth.layers.len(), stage.model.num_hidden_layers as usize);
+            let new = growth.new_layers.map_or(0, |new| new.count);
+            prop_assert_eq!(growth.layers.len() as u32 + new, stage.model.num_hidden_layers);
+            prop_assert_eq!(growth.is_masked(), stage.mask_ramp_tokens.is_some());
+            prop_assert!(stage.mask_ramp_tokens.is_none_or(|ramp| ramp < stage.tokens));
             prop_assert!(growth.layers.iter().all(|layer| *layer < source.model.num_hidden_layers));
             prop_assert!(growth.zero_output.iter().all(|layer| *layer < stage.model.num_hidden_layers));
             prop_assert_eq!(&growth.grown(&source.model), &stage.model);
@@ -243,7 +260,7 @@ proptest! {
     #[test]
     fn any_larger_widths_resolve(
         keys in 1u32..5, group in 1u32..5, more_keys in 0u32..5, target_group in 1u32..9, more in 0u32..40,
-        direct in any::<bool>(),
+        operator in prop::sample::select(vec!["DirectWidth", "ZeroWidth", "RandomWidth"]),
     ) {
         let (heads, target_keys) = (keys * group, keys + more_keys);
         let target_heads = target_keys * target_group;
@@ -253,7 +270,7 @@ proptest! {
             "headDim": 8,
         });
         object["spec"]["stages"][1]["growth"] =
-            json!({"operator": if direct { "DirectWidth" } else { "ZeroWidth" }});
+            json!({"operator": operator});
         object["spec"]["stages"][1]["model"] = json!({
             "hiddenSize": 64 + more, "intermediateSize": 31 + more, "numAttentionHeads": target_heads,
             "numKeyValueHeads": target_keys,

@@ -546,7 +546,7 @@ fn every_mistake_says_what_to_do() {
         ),
         (
             vec![("/spec/stages/1/model", json!({"initializer": "Paper"}))],
-            "spec.stages[1].model.initializer: in a stage that grows it belongs to operator ZeroWidth",
+            "spec.stages[1].model.initializer: in a stage that grows it belongs to one of [ZeroWidth, RandomDepth, RandomWidth]",
         ),
         (
             vec![("/spec/stages/1/model", json!({"numHiddenLayers": 6}))],
@@ -610,7 +610,7 @@ fn every_mistake_says_what_to_do() {
                 "/spec/stages/1/growth",
                 json!({"operator": "Interleave", "factor": 2, "depth": {"operator": "Stack"}}),
             )],
-            "spec.stages[1].growth.depth: depth belongs to DirectWidth and ZeroWidth; Interleave grows",
+            "spec.stages[1].growth.depth: depth belongs to DirectWidth, ZeroWidth and RandomWidth; Interleave grows",
         ),
         (
             vec![("/spec/stages/1/growth", json!({"operator": "Stack", "factor": 2, "noise": 1.5}))],

@@ -102,17 +102,25 @@ pub(super) fn check_grown_model(
 ) {
     let sizes: &[&str] =
         &["hiddenSize", "intermediateSize", "numAttentionHeads", "numKeyValueHeads", "headDim"];
-    let of_zero_width: &[&str] = &["rmsNormEps", "initializer"];
+    // What random weights are drawn from, and what a padded row's norm needs.
+    let of_random_weights = [
+        ("rmsNormEps", &[GrowthOperator::ZeroWidth, GrowthOperator::RandomWidth][..]),
+        (
+            "initializer",
+            &[GrowthOperator::ZeroWidth, GrowthOperator::RandomDepth, GrowthOperator::RandomWidth],
+        ),
+    ];
     for name in model.map(ModelSpec::fixed_by_growth).unwrap_or_default() {
         let place = format!("{field}.model.{name}");
         if sizes.contains(&name) {
             if !operator.is_width() {
-                let message = "a stage that grows in depth keeps the width of the stage before; remove it, or use DirectWidth or ZeroWidth";
+                let message = "a stage that grows in depth keeps the width of the stage before; remove it, or use DirectWidth, ZeroWidth or RandomWidth";
                 findings.error(place, message);
             }
-        } else if of_zero_width.contains(&name) {
-            if operator != GrowthOperator::ZeroWidth {
-                let message = "in a stage that grows it belongs to operator ZeroWidth; remove it";
+        } else if let Some((_, operators)) = of_random_weights.iter().find(|(field, _)| *field == name) {
+            if !operators.contains(&operator) {
+                let message =
+                    format!("in a stage that grows it belongs to one of {operators:?}; remove it");
                 findings.error(place, message);
             }
         } else {

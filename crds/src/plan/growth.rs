@@ -5,7 +5,9 @@ use super::error::{Findings, PlanErrors};
 use super::growth_depth::{Depth, DepthRequest};
 use super::growth_map::MAX_LAYERS;
 use super::growth_width::WidthRequest;
-use super::{GrowthOperator, GrowthPlan, Initializer, ModelConfig, NoisePlan, WidthPlan, WidthRule};
+use super::{
+    GrowthOperator, GrowthPlan, Initializer, ModelConfig, NewLayersPlan, NoisePlan, WidthPlan, WidthRule,
+};
 use crate::spec::model::ModelSpec;
 use crate::spec::stage::GrowthSpec;
 use serde::{Deserialize, Serialize};
@@ -52,6 +54,8 @@ impl GrowthPlan {
                 "what reads a channel is divided among its copies"
             }
             Some(WidthPlan { rule: WidthRule::Zero { .. }, .. }) => "new channels are zero at first",
+            Some(WidthPlan { rule: WidthRule::Random { .. }, .. }) => "new channels are masked at first",
+            None if self.new_layers.is_some() => "new layers are masked at first",
             None if self.zero_output.is_empty() => "nothing is new",
             None => "new layers add nothing at first",
         };
@@ -60,7 +64,8 @@ impl GrowthPlan {
 
     /// The source with the depth and the widths of the target.
     pub fn grown(&self, source: &ModelConfig) -> ModelConfig {
-        let num_hidden_layers = u32::try_from(self.layers.len()).unwrap_or(MAX_LAYERS);
+        let old = u32::try_from(self.layers.len()).unwrap_or(MAX_LAYERS);
+        let num_hidden_layers = old.saturating_add(self.new_layers.map_or(0, |new| new.count));
         let widened = self.width.as_ref().map_or_else(|| source.clone(), |width| width.grown(source));
         ModelConfig { num_hidden_layers, ..widened }
     }
@@ -89,11 +94,14 @@ impl GrowthRequest<'_> {
             true => Some(Box::new(self.width(findings)?)),
             false => None,
         };
-        let Depth { layers, zero_output } = depth?;
+        let Depth { layers, zero_output, new_layers } = depth?;
+        let (initializer, seed) = (self.initializer, self.seed);
+        let new_layers = (new_layers > 0).then_some(NewLayersPlan { count: new_layers, initializer, seed });
         Some(GrowthPlan {
             from_stage: self.from_stage.to_owned(),
             operator: self.growth.operator,
             layers,
+            new_layers,
             zero_output,
             width,
             noise: self.noise(findings)?,
@@ -130,6 +138,16 @@ impl GrowthRequest<'_> {
                 "DirectWidth",
                 growth.direct_width.is_some() && growth.operator != GrowthOperator::DirectWidth,
             ),
+            (
+                "randomDepth",
+                "RandomDepth",
+                growth.random_depth.is_some() && growth.operator != GrowthOperator::RandomDepth,
+            ),
+            (
+                "randomWidth",
+                "RandomWidth",
+                growth.random_width.is_some() && growth.operator != GrowthOperator::RandomWidth,
+            ),
         ];
         let mut fine = Some(());
         for (name, operator, _) in wrong.into_iter().filter(|(.., wrong)| *wrong) {
@@ -139,7 +157,7 @@ impl GrowthRequest<'_> {
         }
         if growth.depth.is_some() && !growth.operator.is_width() {
             let message = format!(
-                "depth belongs to DirectWidth and ZeroWidth; {:?} grows the depth already, remove it",
+                "depth belongs to DirectWidth, ZeroWidth and RandomWidth; {:?} grows the depth already, remove it",
                 growth.operator
             );
             findings.error(format!("{}.growth.depth", self.field), message);
@@ -160,11 +178,16 @@ impl GrowthRequest<'_> {
                 findings.error(format!("{field}.model.numHiddenLayers"), message);
                 return None;
             }
-            return Some(Depth { layers: (0..source_layers).collect(), zero_output: Vec::new() });
+            return Some(Depth::of((0..source_layers).collect()));
         };
         if operator.is_width() {
             let message =
                 format!("{operator:?} does not grow the depth; use Stack, Interleave, LayerMap or ZeroDepth");
+            findings.error(format!("{field}.growth.depth.operator"), message);
+            return None;
+        }
+        if operator == GrowthOperator::RandomDepth && self.growth.depth.is_some() {
+            let message = "RandomDepth lets its layers in over a ramp of its own, which a growth of the width has no place for; grow the width in one stage and the depth in the next";
             findings.error(format!("{field}.growth.depth.operator"), message);
             return None;
         }

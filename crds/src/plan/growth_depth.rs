@@ -25,6 +25,15 @@ pub(super) struct DepthRequest<'a> {
 pub(super) struct Depth {
     pub layers: Vec<u32>,
     pub zero_output: Vec<u32>,
+    /// Layers above these that have no source.
+    pub new_layers: u32,
+}
+
+impl Depth {
+    /// Copies, all of them live.
+    pub fn of(layers: Vec<u32>) -> Self {
+        Self { layers, zero_output: Vec::new(), new_layers: 0 }
+    }
 }
 
 impl DepthRequest<'_> {
@@ -35,6 +44,10 @@ impl DepthRequest<'_> {
         }
         let target = self.resolve_target(findings)?;
         let (source, order) = (self.source_layers, self.growth.zero_depth.unwrap_or_default().order);
+        if self.operator == GrowthOperator::RandomDepth {
+            // The old layers as they are, and new ones above them.
+            return Some(Depth { new_layers: target - source, ..Depth::of((0..source).collect()) });
+        }
         let layers = match (self.operator, order) {
             (GrowthOperator::Interleave, _) | (GrowthOperator::ZeroDepth, LayerOrder::Interleaved) => {
                 interleave(source, target)
@@ -43,7 +56,7 @@ impl DepthRequest<'_> {
         };
         let zero = self.operator == GrowthOperator::ZeroDepth;
         let zero_output = if zero { further_copies(&layers) } else { Vec::new() };
-        Some(Depth { layers, zero_output })
+        Some(Depth { zero_output, ..Depth::of(layers) })
     }
 
     /// How deep the model becomes.
@@ -92,15 +105,18 @@ impl DepthRequest<'_> {
 
     fn check_target(&self, target: u32, findings: &mut Findings) -> Option<u32> {
         let (depth, operator) = (self.source_layers, self.operator);
-        // These repeat single layers, as often as each must be.
-        let any_depth = matches!(operator, GrowthOperator::Interleave | GrowthOperator::ZeroDepth);
+        // These add single layers, as many as are needed.
+        let any_depth = matches!(
+            operator,
+            GrowthOperator::Interleave | GrowthOperator::ZeroDepth | GrowthOperator::RandomDepth
+        );
         let message = if target <= depth {
             format!("{target} layers are no more than the {depth} that grow; use more")
         } else if target > MAX_LAYERS {
             format!("{target} layers are more than {MAX_LAYERS}; use fewer")
         } else if !any_depth && !target.is_multiple_of(depth) {
             format!(
-                "{target} layers are no multiple of the {depth} that grow, which {operator:?} repeats as a whole; choose a multiple, or use operator Interleave, ZeroDepth or LayerMap"
+                "{target} layers are no multiple of the {depth} that grow, which {operator:?} repeats as a whole; choose a multiple, or use operator Interleave, ZeroDepth, RandomDepth or LayerMap"
             )
         } else {
             return Some(target);
@@ -163,7 +179,7 @@ impl DepthRequest<'_> {
         }
         let zero = map.zero_output.unwrap_or(map.llama_pro.is_some());
         let zero_output = if zero { further_copies(&layers) } else { Vec::new() };
-        Some(Depth { layers, zero_output })
+        Some(Depth { zero_output, ..Depth::of(layers) })
     }
 
     fn read_map(&self, map: &LayerMapSpec, findings: &mut Findings) -> Option<(&'static str, Vec<u32>)> {

@@ -158,8 +158,7 @@ impl WidthPlan {
     pub fn check(&self, source: &ModelConfig) -> Result<(), WidthPlanError> {
         for (name, map, size) in self.maps(source) {
             map.check(name, size)?;
-            let has_new = map.runs.iter().any(|run| run.from.is_none());
-            if has_new && matches!(self.rule, WidthRule::Direct { .. }) {
+            if map.has_new() && matches!(self.rule, WidthRule::Direct { .. }) {
                 let reason = "copies have no new channels";
                 return Err(WidthPlanError::Rule { map: name, reason });
             }
@@ -173,7 +172,7 @@ impl WidthPlan {
             let reason = "numKeyValueHeads does not divide numAttentionHeads";
             return Err(WidthPlanError::Rule { map: "heads", reason });
         }
-        if matches!(self.rule, WidthRule::Zero { .. })
+        if matches!(self.rule, WidthRule::Zero { .. } | WidthRule::Random { .. })
             && self.hidden.copies().iter().any(|copies| *copies > 1)
         {
             return Err(WidthPlanError::Rule { map: "hidden", reason: "a channel is copied" });
@@ -198,7 +197,7 @@ impl WidthPlan {
     pub fn grown(&self, source: &ModelConfig) -> ModelConfig {
         let rms_norm_eps = match self.rule {
             WidthRule::Direct { .. } => source.rms_norm_eps,
-            WidthRule::Zero { rms_norm_eps, .. } => rms_norm_eps,
+            WidthRule::Zero { rms_norm_eps, .. } | WidthRule::Random { rms_norm_eps, .. } => rms_norm_eps,
         };
         ModelConfig {
             hidden_size: self.hidden.target(),
@@ -254,7 +253,11 @@ impl WidthRequest<'_> {
             heads,
             key_value_heads,
             intermediate: widen(source.intermediate, sizes.intermediate),
-            rule: if direct { self.direct_rule() } else { self.zero_rule(sizes.hidden) },
+            rule: match self.growth.operator {
+                GrowthOperator::DirectWidth => self.direct_rule(),
+                GrowthOperator::RandomWidth => self.random_rule(sizes.hidden),
+                _ => self.zero_rule(sizes.hidden),
+            },
         };
         if direct && !plan.hidden.is_uniform() {
             findings.note(format!(
@@ -277,10 +280,20 @@ impl WidthRequest<'_> {
 
     /// The mean square of a padded row is smaller by d / D; with an eps that is smaller too, the norm is the same but
     /// for a factor that the gains take.
-    fn zero_rule(&self, hidden: u32) -> WidthRule {
+    fn padded_eps(&self, hidden: u32) -> f64 {
         let scaled = self.source.rms_norm_eps * f64::from(self.source.hidden_size) / f64::from(hidden);
-        let rms_norm_eps = self.model.rms_norm_eps.unwrap_or(scaled);
+        self.model.rms_norm_eps.unwrap_or(scaled)
+    }
+
+    fn zero_rule(&self, hidden: u32) -> WidthRule {
+        let rms_norm_eps = self.padded_eps(hidden);
         WidthRule::Zero { initializer: self.initializer, seed: self.seed, rms_norm_eps }
+    }
+
+    /// While the masks are 0 a row is a padded one too.
+    fn random_rule(&self, hidden: u32) -> WidthRule {
+        let rms_norm_eps = self.padded_eps(hidden);
+        WidthRule::Random { initializer: self.initializer, seed: self.seed, rms_norm_eps }
     }
 
     fn sizes(&self, findings: &mut Findings) -> Option<Sizes> {

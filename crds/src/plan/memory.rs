@@ -50,6 +50,7 @@ impl ModelConfig {
             activations_bytes,
             snapshot_bytes,
             communication_bytes,
+            masked_weights_bytes: 0,
             total_bytes,
         }
     }
@@ -72,6 +73,15 @@ impl ModelConfig {
             .saturating_add(logits)
             .saturating_add(gains)
             .saturating_mul(FLOAT)
+    }
+}
+
+impl MemoryEstimate {
+    /// The same with a second buffer of weights: those that the model runs with while masks are on.
+    pub fn with_masks(self) -> Self {
+        let masked_weights_bytes = self.weights_bytes;
+        let total_bytes = self.total_bytes.saturating_add(masked_weights_bytes);
+        Self { masked_weights_bytes, total_bytes, ..self }
     }
 }
 

@@ -6,6 +6,7 @@ pub mod flops;
 pub mod growth;
 mod growth_depth;
 pub mod growth_map;
+pub mod growth_mask;
 pub mod growth_width;
 pub mod guideline;
 pub mod memory;

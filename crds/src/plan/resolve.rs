@@ -3,6 +3,7 @@
 use super::architecture::first_architecture;
 use super::error::{Findings, PlanErrors};
 use super::growth::GrowthRequest;
+use super::growth_mask::resolve_ramp;
 use super::guideline::{self, LARGEST_SHARE};
 use super::ranks::check_replicas;
 use super::training::{Batch, resolve_batch, resolve_checkpoint, resolve_evaluation, resolve_training};
@@ -295,7 +296,10 @@ impl StageInput<'_> {
         let evaluation = resolve_evaluation(&self.spec.evaluation, sequence, batch, tokens, findings);
         let micro_batches = batch.global / batch.micro;
         let ranks = check_replicas(stage, micro_batches, self.spec.training.reproducible, &field, findings);
+        let ramp = resolve_ramp(stage, batch, tokens, &field, findings);
         let Shape { model, start } = self.shape?;
+        let memory = model.memory(batch.micro, micro_batches, ranks?);
+        let mask_ramp_tokens = ramp?;
         Some(StagePlan {
             job: self.name.to_owned(),
             stage: stage.name.clone(),
@@ -311,7 +315,8 @@ impl StageInput<'_> {
             evaluation: evaluation?,
             parameters: model.parameter_counts(),
             flops: model.training_flops(sequence, tokens),
-            memory: model.memory(batch.micro, micro_batches, ranks?),
+            memory: if mask_ramp_tokens.is_some() { memory.with_masks() } else { memory },
+            mask_ramp_tokens,
             model,
         })
     }

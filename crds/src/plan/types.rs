@@ -53,6 +53,9 @@ pub struct StagePlan {
     pub flops: FlopCount,
     /// Memory of one trainer process, on the fewest replicas that the stage allows.
     pub memory: MemoryEstimate,
+    /// Tokens of the stage over which the masks of its growth rise; absent where nothing is masked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mask_ramp_tokens: Option<u64>,
 }
 
 /// Architecture of a LLaMA; field names are those of Hugging Face's `config.json`.
@@ -119,8 +122,11 @@ pub struct GrowthPlan {
     pub from_stage: String,
     /// What was asked for.
     pub operator: GrowthOperator,
-    /// Source layer of every target layer, from 0.
+    /// Source layer of every target layer that has one, from 0.
     pub layers: Vec<u32>,
+    /// Layers above these that have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub new_layers: Option<NewLayersPlan>,
     /// Target layers whose attention output and MLP down projections are zero at first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub zero_output: Vec<u32>,
@@ -132,6 +138,18 @@ pub struct GrowthPlan {
     pub noise: Option<NoisePlan>,
     /// What becomes of the optimizer's moments.
     pub optimizer_state: OptimizerStatePolicy,
+}
+
+/// New layers on top of the old ones, with random weights; their outputs are masked at first.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "camelCase")]
+pub struct NewLayersPlan {
+    /// How many.
+    pub count: u32,
+    /// Distribution of their weights: that of the target.
+    pub initializer: Initializer,
+    /// Seed of their weights.
+    pub seed: u64,
 }
 
 /// Where the channels of a wider model come from.
@@ -193,6 +211,16 @@ pub enum WidthRule {
         /// Term inside the root of the target's norms.
         rms_norm_eps: f64,
     },
+    /// Whatever belongs to new channels is random, and their outputs are masked at first.
+    #[serde(rename_all = "camelCase")]
+    Random {
+        /// Distribution of the random weights: that of the target.
+        initializer: Initializer,
+        /// Their seed.
+        seed: u64,
+        /// Term inside the root of the target's norms.
+        rms_norm_eps: f64,
+    },
 }
 
 /// How a weight is divided among the copies of the channel that it reads. Default: Uneven.
@@ -242,12 +270,16 @@ pub enum GrowthOperator {
     DirectWidth,
     /// New channels that are zero at first, with random weights.
     ZeroWidth,
+    /// New layers with random weights on top, whose outputs a mask lets in step by step.
+    RandomDepth,
+    /// New channels, heads and neurons with random weights, which masks let in step by step.
+    RandomWidth,
 }
 
 impl GrowthOperator {
     /// Whether it changes widths.
     pub fn is_width(self) -> bool {
-        matches!(self, Self::DirectWidth | Self::ZeroWidth)
+        matches!(self, Self::DirectWidth | Self::ZeroWidth | Self::RandomWidth)
     }
 }
 
@@ -388,6 +420,9 @@ pub struct MemoryEstimate {
     pub snapshot_bytes: u64,
     /// Gradients and weights on their way between ranks.
     pub communication_bytes: u64,
+    /// Weights with the masks of a growth applied, while its ramp runs.
+    #[serde(default)]
+    pub masked_weights_bytes: u64,
     /// Sum.
     pub total_bytes: u64,
 }

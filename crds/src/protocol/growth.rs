@@ -1,10 +1,46 @@
 //! What a growth step did and what was measured: `growth.json` in the grown checkpoint, a record beside the state.
 
-use crate::plan::{GrowthOperator, OptimizerStatePolicy, growth::GrowthEffect};
+use crate::plan::growth_mask::GrowthMasks;
+use crate::plan::{GrowthOperator, GrowthPlan, ModelConfig, OptimizerStatePolicy, growth::GrowthEffect};
 use serde::{Deserialize, Serialize};
 
 /// Name of the record inside a checkpoint's folder.
 pub const GROWTH_RECORD_FILE: &str = "growth.json";
+
+/// Name of the object of a checkpoint inside the ramp of its growth: what is masked, and how much. It is part of the
+/// state, for without it the weights are those of another function.
+pub const GROWTH_MASK_FILE: &str = "growth_mask.json";
+
+/// Content of [`GROWTH_MASK_FILE`]. The weights beside it are the ones that are trained; the model runs with them times
+/// their masks.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct GrowthMaskRecord {
+    /// The growth, which says what is new.
+    pub growth: GrowthPlan,
+    /// Where its masks stand.
+    pub masks: GrowthMasks,
+}
+
+impl GrowthMaskRecord {
+    /// Whether it is about a model of this architecture, with masks from 0 to 1.
+    pub fn fits(&self, config: &ModelConfig) -> bool {
+        let GrowthMasks { intermediate, hidden, heads, layers } = self.masks;
+        let masks = [intermediate, hidden, heads, layers].iter().all(|mask| (0.0..=1.0).contains(mask));
+        let widths = self.growth.width.as_ref().is_none_or(|width| {
+            let maps = [&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate];
+            let sizes = [
+                config.hidden_size,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+                config.intermediate_size,
+            ];
+            maps.map(|map| map.target()) == sizes
+        });
+        let layers = self.growth.layers.len() as u64 + u64::from(self.growth.new_layers.map_or(0, |new| new.count));
+        masks && widths && layers == u64::from(config.num_hidden_layers)
+    }
+}
 
 /// What a growth step did.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
@@ -12,8 +48,11 @@ pub const GROWTH_RECORD_FILE: &str = "growth.json";
 pub struct GrowthRecord {
     /// The operator.
     pub operator: GrowthOperator,
-    /// Source layer of every target layer.
+    /// Source layer of every target layer that has one.
     pub layers: Vec<u32>,
+    /// Layers above these, which have none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub new_layers: u32,
     /// Neighbours of the source that are still neighbours, and all pairs: the paper's connection rate R_c.
     pub connection_rate: ConnectionRate,
     /// Parameters before.
@@ -29,7 +68,7 @@ pub struct GrowthRecord {
     /// What was measured; absent where measuring was switched off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<GrowthMeasurement>,
-    /// Tensors of layers that are further copies of their source.
+    /// Tensors of layers that are further copies of their source, or have none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub new_tensors: Vec<String>,
     /// Tensors that got rows or columns.
@@ -38,6 +77,10 @@ pub struct GrowthRecord {
     /// Tensors that are zero at first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub zero_tensors: Vec<String>,
+}
+
+fn is_zero(count: &u32) -> bool {
+    *count == 0
 }
 
 /// The connection rate as a fraction.

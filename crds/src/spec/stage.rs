@@ -18,33 +18,37 @@ use std::collections::BTreeMap;
     validation = Rule::new("!has(self.replicas) || !has(self.elastic)")
         .message("set replicas for a fixed size or elastic for a range, not both"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['Stack', 'Interleave', 'ZeroDepth']) || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
+        "!has(self.growth) || !(self.growth.operator in ['Stack', 'Interleave', 'ZeroDepth', 'RandomDepth']) || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
-    .message("Stack, Interleave and ZeroDepth need to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
+    .message("Stack, Interleave, ZeroDepth and RandomDepth need to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
     validation = Rule::new(
         "!has(self.growth) || !has(self.growth.depth) || self.growth.depth.operator == 'LayerMap' || has(self.growth.depth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
     .message("growth.depth needs to know how deep: set growth.depth.factor or model.numHiddenLayers"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth']) || has(self.growth.factor) || (has(self.model) && (has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads)))"
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth']) || has(self.growth.factor) || (has(self.model) && (has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads)))"
     )
-    .message("DirectWidth and ZeroWidth need to know how wide: set growth.factor, or the sizes that grow in the stage's model"),
+    .message("DirectWidth, ZeroWidth and RandomWidth need to know how wide: set growth.factor, or the sizes that grow in the stage's model"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth']) || has(self.growth.depth) || !has(self.model) || !has(self.model.numHiddenLayers)"
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth']) || has(self.growth.depth) || !has(self.model) || !has(self.model.numHiddenLayers)"
     )
-    .message("DirectWidth and ZeroWidth keep the depth: remove model.numHiddenLayers, or add growth.depth"),
+    .message("DirectWidth, ZeroWidth and RandomWidth keep the depth: remove model.numHiddenLayers, or add growth.depth"),
     validation = Rule::new(
-        "!has(self.growth) || !has(self.model) || self.growth.operator in ['DirectWidth', 'ZeroWidth'] || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim))"
+        "!has(self.growth) || !has(self.model) || self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth'] || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim))"
     )
-    .message("this operator changes the depth only: keep numHiddenLayers and remove the sizes from the stage's model, or use DirectWidth or ZeroWidth"),
+    .message("this operator changes the depth only: keep numHiddenLayers and remove the sizes from the stage's model, or use DirectWidth, ZeroWidth or RandomWidth"),
     validation = Rule::new(
         "!has(self.growth) || !has(self.model) || !(has(self.model.vocabSize) || has(self.model.maxPositionEmbeddings) || has(self.model.ropeTheta) || has(self.model.tieWordEmbeddings))"
     )
     .message("no growth changes vocabSize, maxPositionEmbeddings, ropeTheta or tieWordEmbeddings: remove them from the stage's model"),
     validation = Rule::new(
-        "!has(self.growth) || !has(self.model) || self.growth.operator == 'ZeroWidth' || !(has(self.model.rmsNormEps) || has(self.model.initializer))"
+        "!has(self.growth) || !has(self.model) || self.growth.operator in ['ZeroWidth', 'RandomWidth'] || !has(self.model.rmsNormEps)"
     )
-    .message("in a stage that grows, rmsNormEps and initializer belong to operator ZeroWidth: remove them from the stage's model"),
+    .message("in a stage that grows, rmsNormEps belongs to operators ZeroWidth and RandomWidth: remove it from the stage's model"),
+    validation = Rule::new(
+        "!has(self.growth) || !has(self.model) || self.growth.operator in ['ZeroWidth', 'RandomDepth', 'RandomWidth'] || !has(self.model.initializer)"
+    )
+    .message("in a stage that grows, initializer belongs to operators ZeroWidth, RandomDepth and RandomWidth: remove it from the stage's model"),
     validation = Rule::new(
         "has(self.model) == has(oldSelf.model) && (!has(self.model) || self.model == oldSelf.model)"
     )
@@ -109,14 +113,19 @@ pub struct StageSpec {
     .message("zeroDepth belongs to operator ZeroDepth; remove it, or change operator"),
     validation = Rule::new("!has(self.directWidth) || self.operator == 'DirectWidth'")
         .message("directWidth belongs to operator DirectWidth; remove it, or change operator"),
-    validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth']")
-        .message("depth belongs to DirectWidth and ZeroWidth, which can grow the depth in the same step; remove it"),
+    validation = Rule::new("!has(self.randomDepth) || self.operator == 'RandomDepth'")
+        .message("randomDepth belongs to operator RandomDepth; remove it, or change operator"),
+    validation = Rule::new("!has(self.randomWidth) || self.operator == 'RandomWidth'")
+        .message("randomWidth belongs to operator RandomWidth; remove it, or change operator"),
+    validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth']")
+        .message("depth belongs to DirectWidth, ZeroWidth and RandomWidth, which can grow the depth in the same step; remove it"),
 )]
 pub struct GrowthSpec {
-    /// Depth: Stack, Interleave, LayerMap, ZeroDepth. Width: DirectWidth, ZeroWidth. docs/growth.md describes each.
+    /// Depth: Stack, Interleave, LayerMap, ZeroDepth, RandomDepth. Width: DirectWidth, ZeroWidth, RandomWidth.
+    /// docs/growth.md describes each.
     pub operator: GrowthOperator,
-    /// How many times the layers (Stack, Interleave, ZeroDepth), or hiddenSize, intermediateSize and both numbers of
-    /// heads (DirectWidth, ZeroWidth) are multiplied. The stage's model can say it instead.
+    /// How many times the layers (Stack, Interleave, ZeroDepth, RandomDepth), or hiddenSize, intermediateSize and both
+    /// numbers of heads (DirectWidth, ZeroWidth, RandomWidth) are multiplied. The stage's model can say it instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 2, max = 64))]
     pub factor: Option<u32>,
@@ -129,6 +138,12 @@ pub struct GrowthSpec {
     /// Options of DirectWidth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct_width: Option<DirectWidthSpec>,
+    /// Options of RandomDepth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub random_depth: Option<RandomGrowthSpec>,
+    /// Options of RandomWidth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub random_width: Option<RandomGrowthSpec>,
     /// A growth of the depth in the same step as one of the width.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<DepthGrowthSpec>,
@@ -222,6 +237,16 @@ pub struct ZeroDepthSpec {
 pub struct DirectWidthSpec {
     /// How a weight is divided among the copies of the channel that it reads.
     pub split: WidthSplit,
+}
+
+/// Options of RandomDepth and RandomWidth.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RandomGrowthSpec {
+    /// Tokens of the stage over which what is new is let into the model, from 0 to the whole of it. Default: a tenth of
+    /// the stage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ramp_tokens: Option<TokenCount>,
 }
 
 /// A growth of the depth beside one of the width; layerMap and zeroDepth stand in growth.

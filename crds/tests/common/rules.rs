@@ -121,12 +121,12 @@ pub fn creation_cases() -> Vec<Case> {
             ],
         ),
         case(
-            "Stack, Interleave and ZeroDepth need to know how deep",
+            "Stack, Interleave, ZeroDepth and RandomDepth need to know how deep",
             vec![
                 ("/spec/stages/1/growth/factor", Value::Null),
                 ("/spec/stages/1/model", json!({"numHiddenLayers": 8})),
             ],
-            replace("/spec/stages/1/growth", json!({"operator": "ZeroDepth"})),
+            replace("/spec/stages/1/growth", json!({"operator": "RandomDepth"})),
         ),
         case(
             "growth.depth needs to know how deep",
@@ -140,15 +140,15 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "DirectWidth and ZeroWidth need to know how wide",
+            "DirectWidth, ZeroWidth and RandomWidth need to know how wide",
             vec![
                 ("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
                 ("/spec/stages/1/model", json!({"intermediateSize": 200})),
             ],
-            replace("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
+            replace("/spec/stages/1/growth", json!({"operator": "RandomWidth"})),
         ),
         case(
-            "DirectWidth and ZeroWidth keep the depth",
+            "DirectWidth, ZeroWidth and RandomWidth keep the depth",
             vec![
                 (
                     "/spec/stages/1/growth",
@@ -178,10 +178,21 @@ pub fn creation_cases() -> Vec<Case> {
             ],
         ),
         case(
-            "rmsNormEps and initializer belong to operator ZeroWidth",
+            "rmsNormEps belongs to operators ZeroWidth and RandomWidth",
             vec![
                 ("/spec/stages/1/growth", json!({"operator": "ZeroWidth", "factor": 2})),
                 ("/spec/stages/1/model", json!({"initializer": "Paper", "rmsNormEps": 1e-6})),
+            ],
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "RandomDepth", "factor": 2})),
+                ("/spec/stages/1/model", json!({"rmsNormEps": 1e-6})),
+            ],
+        ),
+        case(
+            "initializer belongs to operators ZeroWidth, RandomDepth and RandomWidth",
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "RandomDepth"})),
+                ("/spec/stages/1/model", json!({"initializer": "Paper", "numHiddenLayers": 3})),
             ],
             vec![
                 ("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 2})),
@@ -227,7 +238,29 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "depth belongs to DirectWidth and ZeroWidth",
+            "randomDepth belongs to operator RandomDepth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "RandomDepth", "factor": 2, "randomDepth": {"rampTokens": "1M"}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "RandomWidth", "factor": 2, "randomDepth": {"rampTokens": "1M"}}),
+            ),
+        ),
+        case(
+            "randomWidth belongs to operator RandomWidth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "RandomWidth", "factor": 2, "randomWidth": {"rampTokens": "1M"}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "randomWidth": {"rampTokens": "1M"}}),
+            ),
+        ),
+        case(
+            "depth belongs to DirectWidth, ZeroWidth and RandomWidth",
             replace(
                 "/spec/stages/1/growth",
                 json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}}),
@@ -245,7 +278,7 @@ pub fn creation_cases() -> Vec<Case> {
             ),
             replace(
                 "/spec/stages/1/growth",
-                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "ZeroWidth", "factor": 2}}),
+                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "RandomDepth", "factor": 2}}),
             ),
         ),
         case(

@@ -1,6 +1,7 @@
 //! Reads any Hugging Face folder of a LLaMA: several files or one, F32, BF16 or F16, with or without a manifest.
 
 use super::config::{TokenIds, read_config};
+use super::mask::read_mask;
 use super::error::{CheckpointError, Result};
 use super::objects::{Problem, state_digest};
 use super::reader::{Commit, commit_of};
@@ -10,10 +11,11 @@ use super::{
     is_optimizer_shard, verify_objects,
 };
 use crate::model::layout::ParameterLayout;
+use crate::model::mask::WeightMasks;
 use crate::storage::Storage;
 use bytes::Bytes;
 use growth_crds::plan::ModelConfig;
-use growth_crds::protocol::{CheckpointManifest, CheckpointObject};
+use growth_crds::protocol::{CheckpointManifest, CheckpointObject, GROWTH_MASK_FILE, GrowthMaskRecord};
 use rayon::prelude::*;
 use serde::Deserialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -30,6 +32,7 @@ pub struct HuggingFaceFolder {
     config: ModelConfig,
     token_ids: TokenIds,
     manifest: Option<CheckpointManifest>,
+    mask: Option<GrowthMaskRecord>,
     weight_files: Vec<String>,
     tensors: TensorIndex,
 }
@@ -55,7 +58,9 @@ impl HuggingFaceFolder {
         let (config, token_ids) = read_config(folder)?;
         let (weight_files, weight_map) = weight_files(folder)?;
         let tensors = TensorIndex::read(folder, &weight_files)?;
-        let opened = Self { folder: folder.clone(), config, token_ids, manifest, weight_files, tensors };
+        let mask = read_mask(folder, manifest.as_ref(), &config)?;
+        let folder = folder.clone();
+        let opened = Self { folder, config, token_ids, manifest, mask, weight_files, tensors };
         opened.check_weight_map(&weight_map)?;
         opened.check_tensors()?;
         Ok(opened)
@@ -76,6 +81,11 @@ impl HuggingFaceFolder {
         self.manifest.as_ref()
     }
 
+    /// What is masked, when this is a checkpoint inside the ramp of a growth.
+    pub fn mask(&self) -> Option<&GrowthMaskRecord> {
+        self.mask.as_ref()
+    }
+
     /// Content of `tokenizer.json`, if there is one.
     ///
     /// # Errors
@@ -87,8 +97,8 @@ impl HuggingFaceFolder {
         Ok(Some(self.folder.get(TOKENIZER_FILE)?))
     }
 
-    /// Reads all weights as f32, tensor by tensor; verifies them first when there is a manifest. The position and
-    /// the moments start afresh.
+    /// Reads all weights as f32, tensor by tensor; verifies them first when there is a manifest. Masks of a growth are
+    /// applied, so these are the weights that the model runs with. The position and the moments start afresh.
     ///
     /// # Errors
     /// When the storage fails, or the weights are damaged.
@@ -109,6 +119,9 @@ impl HuggingFaceFolder {
                 rest = later;
                 Ok::<(), CheckpointError>(())
             })?;
+        }
+        if let Some(GrowthMaskRecord { growth, masks }) = &self.mask {
+            WeightMasks::new(&layout, &self.config, growth, masks).scale(0, &mut parameters);
         }
         Ok(TrainingState { parameters, ..TrainingState::default() })
     }
@@ -132,9 +145,10 @@ impl HuggingFaceFolder {
         &self.tensors
     }
 
-    /// `config.json` and the weights.
+    /// `config.json`, the masks and the weights.
     pub(crate) fn model_files(&self) -> impl Iterator<Item = &str> {
-        std::iter::once(CONFIG_FILE).chain(self.weight_files.iter().map(String::as_str))
+        let masks = self.mask.iter().map(|_| GROWTH_MASK_FILE);
+        std::iter::once(CONFIG_FILE).chain(masks).chain(self.weight_files.iter().map(String::as_str))
     }
 
     /// The moments' objects of a checkpoint.

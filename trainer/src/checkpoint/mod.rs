@@ -6,6 +6,7 @@ mod config;
 mod error;
 mod gang;
 mod huggingface;
+mod mask;
 mod objects;
 mod pace;
 mod reader;
@@ -18,6 +19,7 @@ pub use background::{AsyncCheckpointer, Committed, Outcome};
 pub use config::{TokenIds, config_json, generation_config_json, parse_config};
 pub use error::{CheckpointError, Result};
 pub use huggingface::HuggingFaceFolder;
+pub use mask::{has_mask, mask_file};
 pub use objects::{Problem, read_record, state_digest, verify};
 pub use pace::Pace;
 pub use reader::{Commit, Found, LoadedPart, latest_valid, list, load, load_part, next_attempt, resume};
@@ -128,12 +130,14 @@ pub struct ExtraFile {
     pub name: String,
     /// Content.
     pub bytes: Bytes,
+    /// Whether it is part of the state.
+    pub state: bool,
 }
 
 impl ExtraFile {
-    /// An object of that name.
+    /// An object of that name, which is not part of the state.
     pub fn new(name: impl Into<String>, bytes: impl Into<Bytes>) -> Self {
-        Self { name: name.into(), bytes: bytes.into() }
+        Self { name: name.into(), bytes: bytes.into(), state: false }
     }
 }
 

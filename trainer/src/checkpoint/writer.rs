@@ -107,8 +107,8 @@ impl CheckpointWriter {
         ObjectTable::new(&self.layout, self.shard_bytes)
     }
 
-    /// Writes and commits a checkpoint. `records` are objects about it that are not part of the state. Until the
-    /// manifest is there, an error leaves an uncommitted folder, which the same call may write again.
+    /// Writes and commits a checkpoint. `records` are small objects beside the tensors. Until the manifest is there, an
+    /// error leaves an uncommitted folder, which the same call may write again.
     ///
     /// # Errors
     /// When the storage fails, when the folder is committed already, when a newer attempt has taken over.
@@ -209,7 +209,7 @@ impl CheckpointWriter {
         objects.push(self.table().write_index(folder)?);
         objects.push(put_trainer_state(folder, step, tokens, optimizer_step)?);
         for record in records {
-            objects.push(put_object(folder, &record.name, record.bytes.clone(), false)?);
+            objects.push(put_object(folder, &record.name, record.bytes.clone(), record.state)?);
         }
         Ok(objects)
     }

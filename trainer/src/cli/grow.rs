@@ -32,6 +32,7 @@ Either from one folder into another, any Hugging Face LLaMA among them:
     growth-trainer grow --from DIR --operator LayerMap --pattern 12-3456*5-56 --to DIR2
     growth-trainer grow --from DIR --operator DirectWidth --factor 2 --to DIR2
     growth-trainer grow --from DIR --operator ZeroWidth --hidden-size 512 --to DIR2
+    growth-trainer grow --from DIR --operator RandomDepth --num-hidden-layers 9 --to DIR2
 
 or as the plan file of the grown stage says, from the last checkpoint of the stage before
 (what a transform pod runs):
@@ -39,8 +40,10 @@ or as the plan file of the grown stage says, from the last checkpoint of the sta
     growth-trainer grow --plan large.json
 
 Depth: Stack repeats the model, Interleave every layer, LayerMap takes any list or a preset,
-ZeroDepth adds layers that do nothing at first. Width: DirectWidth copies channels, ZeroWidth
-adds channels that are zero at first; --depth-operator grows the depth in the same step.
+ZeroDepth adds layers that do nothing at first, RandomDepth new ones behind a mask. Width:
+DirectWidth copies channels, ZeroWidth adds channels that are zero at first, RandomWidth new
+ones behind masks; --depth-operator grows the depth in the same step. Masks rise while the
+stage of a job trains; a folder grown by hand has masks of 0, which eval and generate apply.
 Afterwards both models run on the same tokens and are compared. docs/growth.md describes
 every operator.";
 
@@ -58,7 +61,7 @@ pub struct Arguments {
     #[arg(long, requires = "from")]
     to: Option<String>,
     /// Growth operator
-    #[arg(long, default_value = "Stack", value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth"])]
+    #[arg(long, default_value = "Stack", value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth", "RandomDepth", "RandomWidth"])]
     operator: String,
     /// How often the layers are repeated, or how many times as wide the model becomes
     #[arg(long, conflicts_with = "map")]
@@ -145,10 +148,10 @@ struct WidthArguments {
     /// DirectWidth: how a weight is divided among the copies of the channel that it reads
     #[arg(long, value_parser = ["Even", "Uneven", "Noisy"])]
     split: Option<String>,
-    /// ZeroWidth: distribution of the new weights
+    /// ZeroWidth, RandomDepth, RandomWidth: distribution of the new weights
     #[arg(long, value_parser = ["HuggingFace", "Paper"])]
     initializer: Option<String>,
-    /// ZeroWidth: term inside the root of the target's norms. Default: smaller as the model is wider
+    /// ZeroWidth, RandomWidth: term inside the root of the target's norms. Default: smaller as the model is wider
     #[arg(long)]
     rms_norm_eps: Option<f64>,
 }
@@ -184,7 +187,7 @@ fn describe(record: &GrowthRecord) -> String {
         format!(
             "{:?}: {} layers, {} -> {} parameters",
             record.operator,
-            record.layers.len(),
+            record.layers.len() + record.new_layers as usize,
             count(record.source_parameters as f64),
             count(record.target_parameters as f64)
         ),
@@ -257,6 +260,8 @@ fn resolve(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<
         layer_map: layer_map(arguments),
         zero_depth: word::<LayerOrder>(arguments.order.as_deref())?.map(|order| ZeroDepthSpec { order }),
         direct_width: word::<WidthSplit>(width.split.as_deref())?.map(|split| DirectWidthSpec { split }),
+        random_depth: None,
+        random_width: None,
         depth: depth.map(|operator| DepthGrowthSpec { operator, factor: arguments.depth_factor }),
         noise: arguments.noise,
         optimizer_state: match arguments.keep_optimizer_state {

@@ -153,6 +153,9 @@ fn table(plan: &JobPlan) -> String {
 fn describe_growth(growth: &GrowthPlan) -> String {
     let mut text =
         format!("{:?} of {}: source layers {:?}", growth.operator, growth.from_stage, growth.layers);
+    if let Some(new) = growth.new_layers {
+        text += &format!(" and {} new ones above them", new.count);
+    }
     if !growth.zero_output.is_empty() {
         text += &format!(", with outputs of zero in {:?}", growth.zero_output);
     }
@@ -178,11 +181,14 @@ fn describe(stage: &StagePlan) -> String {
         StageStart::Checkpoint { uri } => format!("weights of {uri}"),
         StageStart::Growth(growth) => describe_growth(growth),
     };
+    let ramp = stage.mask_ramp_tokens.map_or(String::new(), |tokens| {
+        format!("\n  masks         rise over the first {tokens} tokens")
+    });
     let (model, training, memory) = (&stage.model, &stage.training, &stage.memory);
     format!(
         "{}\n  starts from   {start}\n  model         hidden {}, {} heads ({} kv) of {}, intermediate {}, vocabulary \
          {}\n  batch         {} tokens in micro-batches of {}, sequences of {}\n  data          from token {}\n  \
-         memory        weights {}, gradients {}, moments {}, activations {}, checkpoint copy {}, between ranks {}",
+         memory        weights {}, gradients {}, moments {}, activations {}, checkpoint copy {}, between ranks {}, masked weights {}{ramp}",
         stage.stage,
         model.hidden_size,
         model.num_attention_heads,
@@ -200,5 +206,6 @@ fn describe(stage: &StagePlan) -> String {
         bytes(memory.activations_bytes),
         bytes(memory.snapshot_bytes),
         bytes(memory.communication_bytes),
+        bytes(memory.masked_weights_bytes),
     )
 }

@@ -45,6 +45,19 @@ pub enum LayerMapError {
         /// Layers of the target.
         target_layers: usize,
     },
+    /// New layers lie above the old ones, which stay as they are.
+    #[error(
+        "the growth plan adds {added} new layers to {found} of the {source_layers} layers of the source: list all of \
+         them, 0 to {}, and add at least one", source_layers - 1
+    )]
+    NotOnTop {
+        /// New layers.
+        added: u32,
+        /// Old layers that are listed.
+        found: usize,
+        /// Layers of the source.
+        source_layers: u32,
+    },
     /// The widths do not fit.
     #[error(transparent)]
     Width(#[from] WidthPlanError),
@@ -86,6 +99,12 @@ fn check(source_layers: u32, plan: &GrowthPlan) -> Result<(), LayerMapError> {
     if let Some(&layer) = plan.zero_output.iter().find(|layer| **layer as usize >= target_layers) {
         return Err(LayerMapError::ZeroOutOfRange { layer, target_layers });
     }
+    if let Some(new) = plan.new_layers
+        && (new.count == 0 || !plan.layers.iter().copied().eq(0..source_layers))
+    {
+        let (added, found) = (new.count, plan.layers.len());
+        return Err(LayerMapError::NotOnTop { added, found, source_layers });
+    }
     match plan.operator {
         GrowthOperator::Stack => check_stack(source_layers, &plan.layers),
         _ => Ok(()),
@@ -117,13 +136,14 @@ pub(super) fn source_name(target: &str, layers: &[u32]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use growth_crds::plan::OptimizerStatePolicy;
+    use growth_crds::plan::{Initializer, NewLayersPlan, OptimizerStatePolicy};
 
     fn plan(operator: GrowthOperator, layers: &[u32]) -> GrowthPlan {
         GrowthPlan {
             from_stage: "small".to_owned(),
             operator,
             layers: layers.to_vec(),
+            new_layers: None,
             zero_output: Vec::new(),
             width: None,
             noise: None,
@@ -152,6 +172,19 @@ mod tests {
             error.to_string(),
             "layers[1] of the growth plan is 6, but the source has 6 layers: write 0 to 5"
         );
+    }
+
+    #[test]
+    fn new_layers_lie_above_all_old_ones() {
+        let new = |layers: &[u32], count| {
+            let new_layers = Some(NewLayersPlan { count, initializer: Initializer::HuggingFace, seed: 1 });
+            check(2, &GrowthPlan { new_layers, ..plan(GrowthOperator::RandomDepth, layers) })
+        };
+        assert_eq!(new(&[0, 1], 3), Ok(()));
+        for (layers, count) in [(&[0, 1][..], 0), (&[0], 1), (&[1, 0], 1), (&[0, 1, 1], 1)] {
+            let error = new(layers, count).unwrap_err().to_string();
+            assert!(error.contains("of the 2 layers of the source: list all of them, 0 to 1"), "{error}");
+        }
     }
 
     #[test]

@@ -4,6 +4,8 @@
 use super::{GrowthError, Result};
 use crate::checkpoint::{PIECE_BYTES, TensorIndex};
 use crate::data::Dataset;
+use crate::model::layout::ParameterLayout;
+use crate::model::mask::WeightMasks;
 use crate::ops::attention::{self, HeadShape};
 use crate::ops::gemm::{Matrix, MatrixMut, Output, gemm};
 use crate::ops::rope::{self, RopeTable};
@@ -13,6 +15,7 @@ use crate::storage::Storage;
 use growth_crds::plan::ModelConfig;
 use growth_crds::protocol::{GrowthMeasurement, GrowthSample};
 use rand::RngExt;
+use std::borrow::Cow;
 
 /// Tokens that are predicted, if nothing else is said.
 pub const DEFAULT_MEASURED_TOKENS: usize = 512;
@@ -90,6 +93,8 @@ pub(super) struct StoredModel<'a> {
     pub folder: &'a Storage,
     pub tensors: &'a TensorIndex,
     pub config: &'a ModelConfig,
+    /// Masks of its growth, and where the tensors that they scale lie.
+    pub masks: Option<(WeightMasks, &'a ParameterLayout)>,
 }
 
 /// Compares source and target on the sample.
@@ -192,6 +197,7 @@ impl StoredModel<'_> {
         let mut rows = vec![0.0; ids.len() * hidden];
         let (mut buffer, mut first) = (Vec::new(), 0);
         place.read(self.folder, &mut buffer, |numbers| {
+            let numbers = &*self.masked("model.embed_tokens.weight", first, numbers);
             let piece = first..first + numbers.len();
             first = piece.end;
             for (row, &id) in rows.chunks_exact_mut(hidden).zip(ids) {
@@ -212,7 +218,8 @@ impl StoredModel<'_> {
         let place = self.tensors.expect(self.folder, name, &[hidden])?;
         let (mut gain, mut buffer) = (Vec::with_capacity(hidden), Vec::new());
         place.read(self.folder, &mut buffer, |numbers| {
-            gain.extend_from_slice(numbers);
+            let masked = self.masked(name, gain.len(), numbers);
+            gain.extend_from_slice(&masked);
             Ok::<(), GrowthError>(())
         })?;
         let (mut out, mut inverse_rms) = (vec![0.0; x.len()], vec![0.0; x.len() / hidden]);
@@ -238,6 +245,15 @@ impl StoredModel<'_> {
         Ok(())
     }
 
+    /// The weights that the model runs with: the elements from `first` on of a tensor, times their masks.
+    fn masked<'b>(&self, name: &str, first: usize, numbers: &'b [f32]) -> Cow<'b, [f32]> {
+        let Some((masks, layout)) = &self.masks else { return Cow::Borrowed(numbers) };
+        let Some(tensor) = layout.find(name) else { return Cow::Borrowed(numbers) };
+        let mut numbers = numbers.to_vec();
+        masks.scale(tensor.offset + first, &mut numbers);
+        Cow::Owned(numbers)
+    }
+
     fn outputs(&self, name: &str) -> usize {
         self.tensors.get(name).and_then(|place| place.shape.first().copied()).unwrap_or(1)
     }
@@ -259,7 +275,8 @@ impl StoredModel<'_> {
             let count = at_once.min(outputs - first);
             let part = place.part(first * inputs..(first + count) * inputs);
             part.read(self.folder, &mut buffer, |weights| {
-                let weights = Matrix::new(weights, count, inputs);
+                let weights = self.masked(name, first * inputs, weights);
+                let weights = Matrix::new(&weights, count, inputs);
                 let out = MatrixMut::strided(&mut out[column + first..], rows, count, stride);
                 gemm(out, Matrix::new(x, rows, inputs), weights.t(), output);
                 Ok::<(), GrowthError>(())

@@ -11,16 +11,17 @@ pub use measure::{DEFAULT_MEASURED_TOKENS, Measure};
 use crate::checkpoint::DEFAULT_SHARD_BYTES;
 use crate::checkpoint::{
     CheckpointError, CheckpointLocation, Commit, Commitment, ExtraFile, HuggingFaceFolder, Problem, ShardSet,
-    TensorIndex, commit_of, digest_bytes, list, model_specs, moment_specs, put_object, put_small_objects,
-    put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder, verify,
+    TensorIndex, commit_of, digest_bytes, list, mask_file, model_specs, moment_specs, put_object,
+    put_small_objects, put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder, verify,
 };
 use crate::model::layout::ParameterLayout;
+use crate::model::mask::WeightMasks;
 use crate::storage::Storage;
 use growth_crds::plan::growth_map::{connection_rate, further_copies};
 use growth_crds::plan::{GrowthPlan, ModelConfig, OptimizerStatePolicy};
 use growth_crds::protocol::{
-    CheckpointManifest, CheckpointObject, CheckpointOrigin, ConnectionRate, GROWTH_RECORD_FILE,
-    GrowthMeasurement, GrowthRecord,
+    CheckpointManifest, CheckpointObject, CheckpointOrigin, ConnectionRate, GROWTH_MASK_FILE,
+    GROWTH_RECORD_FILE, GrowthMaskRecord, GrowthMeasurement, GrowthRecord,
 };
 use measure::{Sample, StoredModel};
 use serde_json::json;
@@ -76,6 +77,15 @@ pub enum GrowthError {
         /// The source.
         uri: String,
     },
+    /// The source's own growth is not finished.
+    #[error(
+        "{uri} is a checkpoint inside the ramp of its own growth ({GROWTH_MASK_FILE}); grow one after the ramp, when \
+         all of it has become part of the model"
+    )]
+    InsideRamp {
+        /// The source.
+        uri: String,
+    },
     /// The target folder given by a person is in use.
     #[error(
         "{uri} is not empty and holds no checkpoint of this growth step; name another folder, or delete it"
@@ -99,6 +109,7 @@ impl GrowthError {
             Self::Layers { .. }
             | Self::OtherSource { .. }
             | Self::NoMoments { .. }
+            | Self::InsideRamp { .. }
             | Self::FolderInUse { .. } => true,
             Self::DamagedTarget(_) => false,
         }
@@ -220,6 +231,9 @@ impl<'a> Growth<'a> {
             check_source(&source, expected)?;
         }
         let uri = || source.folder().uri().to_owned();
+        if source.mask().is_some() {
+            return Err(GrowthError::InsideRamp { uri: uri() });
+        }
         let config = grown_config(source.config(), plan)
             .map_err(|error| GrowthError::Layers { uri: uri(), source: error })?;
         let mut growth = Self {
@@ -352,9 +366,19 @@ impl<'a> Growth<'a> {
             objects.extend(self.write_shards(&folder, &moments, &tensors, meter)?);
         }
         objects.push(put_trainer_state(&folder, 0, 0, self.optimizer_step)?);
+        if let Some(masks) = self.masks() {
+            let file = mask_file(&masks);
+            objects.push(put_object(&folder, &file.name, file.bytes, file.state)?);
+        }
         let text = format!("{:#}\n", json!(record));
         objects.push(put_object(&folder, GROWTH_RECORD_FILE, text.into(), false)?);
         Ok((target.commitment(origin).commit(&folder, objects)?, record))
+    }
+
+    /// What the first checkpoint says of the masks of this growth, which are 0.
+    fn masks(&self) -> Option<GrowthMaskRecord> {
+        let growth = self.plan;
+        growth.is_masked().then(|| GrowthMaskRecord { growth: growth.clone(), masks: growth.masks(0, 1) })
     }
 
     /// Makes every target tensor from its source, in pieces: memory is bounded by a piece, not by a tensor.
@@ -389,8 +413,12 @@ impl<'a> Growth<'a> {
             folder: self.source.folder(),
             tensors: self.source.tensors(),
             config: self.source.config(),
+            masks: None,
         };
-        let target = StoredModel { folder, tensors: &tensors, config: &self.config };
+        let masks = self.masks().map(|GrowthMaskRecord { growth, masks }| {
+            (WeightMasks::new(&self.layout, &self.config, &growth, &masks), &self.layout)
+        });
+        let target = StoredModel { folder, tensors: &tensors, config: &self.config, masks };
         measure::compare(&source, &target, &sample).map(Some)
     }
 
@@ -399,11 +427,15 @@ impl<'a> Growth<'a> {
         let small = ParameterLayout::new(source);
         let (kept, pairs) = connection_rate(&plan.layers);
         let (expected, reason) = plan.effect(source.num_hidden_layers);
-        let new_layers: BTreeSet<u32> = further_copies(&plan.layers).into_iter().collect();
+        let old_layers = plan.layers.len() as u32;
+        let added = self.config.num_hidden_layers - old_layers;
+        let new_layers = old_layers..self.config.num_hidden_layers;
+        let new_layers: BTreeSet<u32> = further_copies(&plan.layers).into_iter().chain(new_layers).collect();
         let mut record = GrowthRecord {
             operator: plan.operator,
             layers: plan.layers.clone(),
-            connection_rate: ConnectionRate { kept, pairs },
+            new_layers: added,
+            connection_rate: ConnectionRate { kept, pairs: pairs + added as usize },
             source_parameters: small.parameter_count(),
             target_parameters: self.layout.parameter_count(),
             optimizer_state: plan.optimizer_state,

@@ -9,6 +9,7 @@ fn plan(layers: &[u32], optimizer_state: OptimizerStatePolicy) -> GrowthPlan {
         from_stage: "small".to_owned(),
         operator: GrowthOperator::LayerMap,
         layers: layers.to_vec(),
+        new_layers: None,
         zero_output: Vec::new(),
         width: None,
         noise: None,

@@ -5,11 +5,14 @@
 //! `sum_j W'[i, j] x[c(j)] = (W x)[r(i)]`. Where a channel is new, the weights that would let it change the function
 //! are zero, and the others are random, so that every one of them gets a gradient.
 
+mod fresh;
+
 use super::depth::source_name;
 use super::{GrowthError, Result};
 use crate::checkpoint::{PIECE_BYTES, TensorIndex, TensorSpec};
 use crate::model::initializer::standard_deviation;
 use crate::model::layout::{ParameterLayout, ParameterTensor};
+use crate::model::part::Part;
 use crate::random;
 use crate::storage::Storage;
 use growth_crds::plan::{GrowthPlan, ModelConfig, WidthMap, WidthPlan, WidthRule, WidthSplit};
@@ -18,50 +21,6 @@ use std::ops::Range;
 
 /// How much smaller than the copy before a copy's share is in an uneven split: 7 to 3.
 const UNEVEN_RATIO: f64 = 3.0 / 7.0;
-
-/// What a tensor does in a layer; decides which axis is which.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Part {
-    Embedding,
-    Query,
-    Key,
-    Value,
-    Output,
-    Gate,
-    Up,
-    Down,
-    Norm,
-    FinalNorm,
-    Head,
-}
-
-impl Part {
-    fn of(name: &str) -> Self {
-        let is = |part: &str| name.ends_with(part);
-        match name {
-            "model.embed_tokens.weight" => Self::Embedding,
-            "model.norm.weight" => Self::FinalNorm,
-            "lm_head.weight" => Self::Head,
-            _ if is("q_proj.weight") => Self::Query,
-            _ if is("k_proj.weight") => Self::Key,
-            _ if is("v_proj.weight") => Self::Value,
-            _ if is("o_proj.weight") => Self::Output,
-            _ if is("gate_proj.weight") => Self::Gate,
-            _ if is("up_proj.weight") => Self::Up,
-            _ if is("down_proj.weight") => Self::Down,
-            _ => Self::Norm,
-        }
-    }
-
-    fn is_norm(self) -> bool {
-        matches!(self, Self::Norm | Self::FinalNorm)
-    }
-
-    /// Whether it writes into the residual stream.
-    fn writes_residual(self) -> bool {
-        matches!(self, Self::Output | Self::Down)
-    }
-}
 
 /// One axis of the target: of every index its source, how many copies that has, and which of them it is.
 #[derive(Debug)]
@@ -150,7 +109,7 @@ impl Axes {
     fn new(plan: &WidthPlan, head_dim: u32) -> Self {
         let split = match plan.rule {
             WidthRule::Direct { split, .. } => split,
-            WidthRule::Zero { .. } => WidthSplit::Even,
+            WidthRule::Zero { .. } | WidthRule::Random { .. } => WidthSplit::Even,
         };
         let mut heads = Axis::new(&plan.heads.times(head_dim), split);
         let group = (plan.heads.target() / plan.key_value_heads.target() * head_dim) as usize;
@@ -219,6 +178,9 @@ impl<'a> Transform<'a> {
             None => (tensor.name.as_str(), Vector::Weights),
         };
         let part = Part::of(name);
+        if self.is_new(name) {
+            return self.write_new(tensor, (name, part, vector), buffers, sink);
+        }
         let source = source_name(&tensor.name, &self.plan.layers);
         let has_noise = self.plan.noise.is_some() && vector == Vector::Weights && !part.is_norm();
         if self.is_zero(name, part) && !has_noise {
@@ -250,11 +212,21 @@ impl<'a> Transform<'a> {
     }
 
     fn std(&self, name: &str) -> f64 {
-        match (self.plan.width.as_deref(), self.layout.find(name)) {
-            (Some(WidthPlan { rule: WidthRule::Zero { initializer, .. }, .. }), Some(tensor)) => {
-                standard_deviation(tensor, self.target, *initializer)
-            }
-            _ => 0.0,
+        let initializer = match self.plan.width.as_deref().map(|width| &width.rule) {
+            Some(WidthRule::Zero { initializer, .. } | WidthRule::Random { initializer, .. }) => *initializer,
+            _ => return 0.0,
+        };
+        self.layout.find(name).map_or(0.0, |tensor| standard_deviation(tensor, self.target, initializer))
+    }
+
+    /// W = (1 - share) W + share E, for the elements from `first` on of a matrix.
+    fn add_noise(&self, name: &str, part: Part, first: usize, out: &mut [f32]) {
+        let Some(noise) = self.plan.noise.filter(|_| !part.is_norm()) else { return };
+        let mut values = vec![0.0; out.len()];
+        random::normal_from(noise.seed, &format!("{name}/noise"), self.noise_std(part), first, &mut values);
+        let share = noise.share as f32;
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = (1.0 - share) * *out + share * value;
         }
     }
 
@@ -384,6 +356,7 @@ impl Recipe<'_> {
             }
             Some(WidthRule::Zero { .. }) if self.part.is_norm() => self.padded_gains(source, out),
             Some(WidthRule::Zero { seed, .. }) => self.padded(row, source, out, *seed),
+            Some(WidthRule::Random { seed, .. }) => self.surrounded(row, source, out, *seed),
         }
     }
 
@@ -476,18 +449,9 @@ impl Recipe<'_> {
         matches!(self.part, Part::Query | Part::Key | Part::Gate) && !hidden_grows
     }
 
-    /// W = (1 - share) W + share E.
     fn add_noise(&self, row: usize, out: &mut [f32]) {
-        let Some(noise) = self.transform.plan.noise else { return };
-        if self.vector == Vector::Moments || self.part.is_norm() {
-            return;
-        }
-        let mut values = vec![0.0; out.len()];
-        let std = self.transform.noise_std(self.part);
-        random::normal_from(noise.seed, &format!("{}/noise", self.name), std, row * out.len(), &mut values);
-        let share = noise.share as f32;
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = (1.0 - share) * *out + share * value;
+        if self.vector == Vector::Weights {
+            self.transform.add_noise(self.name, self.part, row * out.len(), out);
         }
     }
 }

@@ -5,3 +5,5 @@ pub mod block;
 pub mod initializer;
 pub mod layout;
 pub mod llama;
+pub mod mask;
+pub(crate) mod part;

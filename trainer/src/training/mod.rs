@@ -3,6 +3,7 @@
 pub mod attempt;
 pub mod board;
 pub mod history;
+pub mod ramp;
 pub mod resharding;
 pub mod schedule;
 pub mod shards;

@@ -12,12 +12,15 @@ use crate::storage::{Storage, StorageError, StorageOptions};
 use crate::training::attempt::{Activity, AttemptRecord, Recorder};
 use crate::training::board::ProgressBoard;
 use crate::training::history::{EvaluationRecord, History, StepRecord};
+use crate::training::ramp::Ramp;
 use crate::training::resharding::{self, ReshardError};
 use crate::training::schedule::learning_rate;
 use crate::training::step::{StepEngine, StepSettings, StepSizes};
 use bytes::Bytes;
 use growth_crds::plan::{StagePlan, StageStart, TrainingPlan, ranks};
-use growth_crds::protocol::{CheckpointManifest, GROWTH_RECORD_FILE, Progress, checkpoint_status};
+use growth_crds::protocol::{
+    CheckpointManifest, GROWTH_MASK_FILE, GROWTH_RECORD_FILE, Progress, checkpoint_status,
+};
 use growth_crds::status::CheckpointStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -66,6 +69,28 @@ pub enum TrainError {
         /// Its value in the plan.
         expected: String,
     },
+    /// A checkpoint inside the ramp of a growth is no model to start another training from.
+    #[error(
+        "spec.stages[0].initFrom: {uri} is a checkpoint inside the ramp of its growth ({file}), which only its own \
+         stage can go on with; use one after the ramp"
+    )]
+    InsideRamp {
+        /// The folder.
+        uri: String,
+        /// The object that says so.
+        file: &'static str,
+    },
+    /// The stage stands inside the ramp of its growth, but its plan has none.
+    #[error(
+        "stage {stage}: {uri} is a checkpoint inside the ramp of its growth, but the plan has no maskRampTokens; write \
+         the plan again, with this version of the program"
+    )]
+    NoRamp {
+        /// The stage.
+        stage: String,
+        /// The folder.
+        uri: String,
+    },
     /// Another rank.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
@@ -106,6 +131,8 @@ impl TrainError {
             Self::Data(error) => error.is_input_error(),
             Self::Vocabulary { .. }
             | Self::OtherArchitecture { .. }
+            | Self::InsideRamp { .. }
+            | Self::NoRamp { .. }
             | Self::NotGrown { .. }
             | Self::Ranks { .. } => true,
             Self::Storage(_) | Self::Collective(_) | Self::Diverged { .. } => false,
@@ -241,6 +268,8 @@ struct StageRun<'a> {
     ids: Vec<u32>,
     targets: Vec<u32>,
     validation: (Vec<u32>, Vec<u32>),
+    /// While masks of a growth rise.
+    ramp: Option<Ramp<'a>>,
 }
 
 impl<'a> StageRun<'a> {
@@ -302,8 +331,9 @@ impl<'a> StageRun<'a> {
             step: state.step,
             seconds: Activity::default(),
         };
+        let ramp = ramp_of(plan, storage, resumed.as_ref())?;
         let recorder = (rank == 0).then(|| Recorder::start(storage, &plan.job, &plan.stage, first));
-        Ok(Self {
+        let mut run = Self {
             plan,
             storage,
             dataset,
@@ -324,7 +354,20 @@ impl<'a> StageRun<'a> {
             ids: vec![0; tokens],
             targets: vec![0; tokens],
             validation,
-        })
+            ramp,
+        };
+        run.follow_ramp();
+        Ok(run)
+    }
+
+    /// Brings the masks of a growth to where the stage stands; after the ramp there are none.
+    fn follow_ramp(&mut self) {
+        let Some(ramp) = &self.ramp else { return };
+        let masks = ramp.masks(self.state.tokens, self.engine.model());
+        if masks.is_none() {
+            self.ramp = None;
+        }
+        self.engine.set_masks(masks);
     }
 
     /// Tells the others what this rank wants, and does what any of them wants.
@@ -353,6 +396,7 @@ impl<'a> StageRun<'a> {
             self.engine.step(self.collective, &mut self.state, &self.ids, &self.targets, settings)?;
         self.state.step += 1;
         self.state.tokens += training.global_batch_tokens;
+        self.follow_ramp();
         if !report.loss.is_finite() || !report.gradient_norm.is_finite() {
             let (stage, step) = (self.plan.stage.clone(), self.state.step);
             return Err(TrainError::Diverged { stage, step, loss: report.loss });
@@ -436,10 +480,11 @@ impl<'a> StageRun<'a> {
     fn submit(&mut self) -> Result<Option<checkpoint::Outcome>> {
         let begin = Instant::now();
         self.last_checkpoint = begin;
-        let history = serde_json::to_vec(&self.history).map_err(std::io::Error::other);
+        let history = serde_json::to_vec(&self.history);
         let history = history.ok().map(|bytes| ExtraFile::new(HISTORY_FILE, bytes));
         let growth = self.growth_record.clone().map(|bytes| ExtraFile::new(GROWTH_RECORD_FILE, bytes));
-        let records = history.into_iter().chain(growth).collect();
+        let mask = self.ramp.as_ref().and_then(|ramp| ramp.file(self.state.tokens));
+        let records = history.into_iter().chain(growth).chain(mask).collect();
         let Self { state, table, engine, collective, .. } = self;
         let layout = engine.model().layout();
         let before = self.checkpointer.submit(records, |snapshot| {
@@ -551,6 +596,20 @@ fn start_state(
     Ok(Start { state, history: History::default(), growth_record: None, resumed: None })
 }
 
+/// The ramp of the stage's growth, unless the checkpoint that it goes on from is past it.
+fn ramp_of<'a>(
+    plan: &'a StagePlan,
+    storage: &Storage,
+    resumed: Option<&CheckpointManifest>,
+) -> Result<Option<Ramp<'a>>> {
+    let Some(manifest) = resumed.filter(|manifest| checkpoint::has_mask(manifest)) else { return Ok(None) };
+    let no_ramp = || TrainError::NoRamp {
+        stage: plan.stage.clone(),
+        uri: checkpoint::checkpoint_folder(storage, manifest).uri().to_owned(),
+    };
+    Ramp::of(plan).map(Some).ok_or_else(no_ramp)
+}
+
 /// A grown or imported checkpoint has no moments: they start at zero.
 fn add_moments(state: &mut TrainingState, len: usize) {
     for moments in [&mut state.exp_avg, &mut state.exp_avg_sq] {
@@ -574,6 +633,9 @@ fn import(plan: &StagePlan, uri: &str) -> Result<Vec<f32>> {
     let options =
         StorageOptions { endpoint: plan.storage.endpoint.clone(), region: plan.storage.region.clone() };
     let folder = HuggingFaceFolder::open(&Storage::open(uri, &options)?)?;
+    if folder.mask().is_some() {
+        return Err(TrainError::InsideRamp { uri: uri.to_owned(), file: GROWTH_MASK_FILE });
+    }
     check_architecture(plan, uri, &folder)?;
     Ok(folder.load()?.parameters)
 }

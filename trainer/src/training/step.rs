@@ -1,9 +1,11 @@
 //! One optimizer step: micro-batches, the sum of their gradients over ranks, clipping, AdamW.
 
+use crate::checkpoint::copy;
 use crate::collective::{Collective, CollectiveError};
 use crate::model::activations::{Activations, Sizes};
 use crate::model::layout::TensorKind;
 use crate::model::llama::{Llama, Tokens};
+use crate::model::mask::WeightMasks;
 use crate::ops::adamw::{self, AdamWStep};
 use crate::ops::gradient::{GradientTree, unit_squares};
 use crate::training::shards::Shards;
@@ -35,6 +37,21 @@ pub struct StepEngine {
     sizes: StepSizes,
     /// The micro-batches of this rank.
     share: Range<usize>,
+    masked: Option<MaskedWeights>,
+}
+
+/// While masks of a growth are on, the model runs with weights of its own: the trained ones times their masks.
+struct MaskedWeights {
+    masks: WeightMasks,
+    weights: Vec<f32>,
+}
+
+impl MaskedWeights {
+    fn of(&mut self, parameters: &[f32]) -> &[f32] {
+        copy(&mut self.weights, parameters);
+        self.masks.scale(0, &mut self.weights);
+        &self.weights
+    }
 }
 
 /// What the optimizer does with the gradients of a step.
@@ -69,7 +86,17 @@ impl StepEngine {
         let share = share.start as usize..share.end as usize;
         let gradients = GradientTree::new(model.layout().total_len(), share.len());
         let shards = Shards::new(model.layout(), rank, world_size);
-        Self { model, activations, gradients, shards, sizes, share }
+        Self { model, activations, gradients, shards, sizes, share, masked: None }
+    }
+
+    /// From now on the model runs with the weights times these masks, or with the weights as they are. Training changes
+    /// the weights themselves, by gradients that go through the masks.
+    pub fn set_masks(&mut self, masks: Option<WeightMasks>) {
+        let len = self.model.layout().total_len();
+        self.masked = masks.map(|masks| {
+            let before = self.masked.take().map(|masked| masked.weights);
+            MaskedWeights { masks, weights: before.unwrap_or_else(|| vec![0.0; len]) }
+        });
     }
 
     /// The model.
@@ -88,9 +115,9 @@ impl StepEngine {
         self.share.start * tokens..self.share.end * tokens
     }
 
-    /// Bytes of activations and gradients.
+    /// Bytes of activations and gradients, and of masked weights while there are masks.
     pub fn bytes(&self) -> u64 {
-        let buffers = GradientTree::buffers(self.share.len());
+        let buffers = GradientTree::buffers(self.share.len()) + usize::from(self.masked.is_some());
         self.activations.bytes() + (buffers * self.model.layout().total_len() * size_of::<f32>()) as u64
     }
 
@@ -111,6 +138,10 @@ impl StepEngine {
         let gradients = self.gradients.finish();
         for bucket in self.shards.buckets().iter().rev() {
             collective.finish_reduce_scatter(gradients, &bucket.slices)?;
+            if let Some(masked) = &self.masked {
+                let own = bucket.slices[self.shards.rank()].clone();
+                masked.masks.scale(own.start, &mut gradients[own]);
+            }
         }
         let report = measure(collective, &self.shards, &losses, gradients, self.sizes.global_batch_tokens)?;
         state.optimizer_step += 1;
@@ -134,7 +165,8 @@ impl StepEngine {
         ids: &[u32],
         targets: &[u32],
     ) -> Result<Vec<f64>, CollectiveError> {
-        let Self { model, activations, gradients, shards, sizes, .. } = self;
+        let Self { model, activations, gradients, shards, sizes, masked, .. } = self;
+        let parameters = masked.as_mut().map_or(parameters, |masked| masked.of(parameters));
         let scale = 1.0 / sizes.global_batch_tokens as f32;
         let count = ids.len() / sizes.micro_batch_tokens;
         let mut losses = Vec::with_capacity(count);
@@ -175,6 +207,7 @@ impl StepEngine {
     ) -> Result<f64, CollectiveError> {
         let (rank, world_size) = (collective.rank(), collective.world_size());
         let size = self.sizes.micro_batch_tokens;
+        let parameters = self.masked.as_mut().map_or(parameters, |masked| masked.of(parameters));
         let mut own = Vec::new();
         for (ids, targets) in ids.chunks(size).zip(targets.chunks(size)).skip(rank).step_by(world_size) {
             let fill = |tokens: &[u32]| -> Vec<u32> { tokens.iter().cycle().take(size).copied().collect() };
