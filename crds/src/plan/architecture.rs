@@ -107,7 +107,7 @@ pub(super) fn check_grown_model(
         let place = format!("{field}.model.{name}");
         if sizes.contains(&name) {
             if !operator.is_width() {
-                let message = "a stage that grows in depth keeps the width of the stage before; remove it, or use DirectWidth or ZeroWidth";
+                let message = "a stage that grows in depth keeps the width of the stage before; remove it, or use an operator of the width";
                 findings.error(place, message);
             }
         } else if of_zero_width.contains(&name) {

@@ -3,6 +3,7 @@
 use super::architecture::check_grown_model;
 use super::error::{Findings, PlanErrors};
 use super::growth_depth::{Depth, DepthRequest};
+use super::growth_learn::{LearnPlan, LearnedWidth};
 use super::growth_map::MAX_LAYERS;
 use super::growth_width::WidthRequest;
 use super::{GrowthOperator, GrowthPlan, Initializer, ModelConfig, NoisePlan, WidthPlan, WidthRule};
@@ -22,6 +23,9 @@ pub enum GrowthEffect {
 impl GrowthPlan {
     /// What the growth of a source with so many layers does to its function, and why.
     pub fn effect(&self, source_layers: u32) -> (GrowthEffect, &'static str) {
+        if self.learn.is_some() {
+            return (GrowthEffect::Spike, "weights are learned mixtures of the source's");
+        }
         let live = (0u32..).zip(&self.layers).filter(|(target, _)| !self.zero_output.contains(target));
         if !live.map(|(_, source)| *source).eq(0..source_layers) {
             return (GrowthEffect::Spike, "layers run more than once, or in another order");
@@ -52,7 +56,12 @@ impl GrowthPlan {
     /// The source with the depth and the widths of the target.
     pub fn grown(&self, source: &ModelConfig) -> ModelConfig {
         let num_hidden_layers = u32::try_from(self.layers.len()).unwrap_or(MAX_LAYERS);
-        let widened = self.width.as_ref().map_or_else(|| source.clone(), |width| width.grown(source));
+        let learned = self.learn.as_ref().and_then(|learn| learn.width.as_ref());
+        let widened = match (&self.width, learned) {
+            (Some(width), _) => width.grown(source),
+            (None, Some(width)) => width.grown(source),
+            (None, None) => source.clone(),
+        };
         ModelConfig { num_hidden_layers, ..widened }
     }
 }
@@ -81,12 +90,17 @@ impl GrowthRequest<'_> {
             false => None,
         };
         let Depth { layers, zero_output } = depth?;
+        let (width, learn) = match self.growth.operator.is_learned() {
+            true => (None, Some(Box::new(self.learn(width.as_deref(), findings)?))),
+            false => (width, None),
+        };
         Some(GrowthPlan {
             from_stage: self.from_stage.to_owned(),
             operator: self.growth.operator,
             layers,
             zero_output,
             width,
+            learn,
             noise: self.noise(findings)?,
             optimizer_state: self.growth.optimizer_state,
         })
@@ -121,6 +135,7 @@ impl GrowthRequest<'_> {
                 "DirectWidth",
                 growth.direct_width.is_some() && growth.operator != GrowthOperator::DirectWidth,
             ),
+            ("learn", "LearnDepth or LearnWidth", growth.learn.is_some() && !growth.operator.is_learned()),
         ];
         let mut fine = Some(());
         for (name, operator, _) in wrong.into_iter().filter(|(.., wrong)| *wrong) {
@@ -130,7 +145,7 @@ impl GrowthRequest<'_> {
         }
         if growth.depth.is_some() && !growth.operator.is_width() {
             let message = format!(
-                "depth belongs to DirectWidth and ZeroWidth; {:?} grows the depth already, remove it",
+                "depth belongs to operators of the width; {:?} grows the depth already, remove it",
                 growth.operator
             );
             findings.error(format!("{}.growth.depth", self.field), message);
@@ -159,6 +174,14 @@ impl GrowthRequest<'_> {
             findings.error(format!("{field}.growth.depth.operator"), message);
             return None;
         }
+        if operator == GrowthOperator::LearnDepth && !self.growth.operator.is_learned() {
+            let message = format!(
+                "LearnDepth is learned together with the width; use operator LearnWidth instead of {:?}, or another depth.operator",
+                self.growth.operator
+            );
+            findings.error(format!("{field}.growth.depth.operator"), message);
+            return None;
+        }
         let (factor, place) = match self.growth.depth {
             Some(depth) => (depth.factor, format!("{field}.growth.depth")),
             None => (self.growth.factor, format!("{field}.growth")),
@@ -177,6 +200,12 @@ impl GrowthRequest<'_> {
         let model = self.model.cloned().unwrap_or_default();
         let (initializer, seed) = (self.initializer, self.seed);
         WidthRequest { growth, model: &model, field, source, initializer, seed }.resolve(findings)
+    }
+
+    fn learn(&self, width: Option<&WidthPlan>, findings: &mut Findings) -> Option<LearnPlan> {
+        let depth = self.depth_operator() == Some(GrowthOperator::LearnDepth);
+        let width = width.map(LearnedWidth::of);
+        LearnPlan::resolve(self.growth, self.source, (depth, width), (self.field, self.seed), findings)
     }
 
     fn noise(&self, findings: &mut Findings) -> Option<Option<NoisePlan>> {
@@ -225,6 +254,9 @@ pub fn resolve_checkpoint_growth(
         seed,
     };
     let plan = request.resolve(&mut findings);
+    if let Some(plan) = &plan {
+        plan.note_learning("stage", source, &mut findings);
+    }
     let notes = findings.finish()?;
     plan.map(|plan| (plan, notes)).ok_or_else(|| PlanErrors::of("stage.growth", "it cannot be carried out"))
 }

@@ -33,6 +33,9 @@ impl DepthRequest<'_> {
         if self.operator == GrowthOperator::LayerMap {
             return self.resolve_map(findings);
         }
+        if self.operator == GrowthOperator::LearnDepth {
+            return self.resolve_learned(findings);
+        }
         let factor = self.resolve_factor(findings)?;
         let (source, order) = (self.source_layers, self.growth.zero_depth.unwrap_or_default().order);
         let layers = match (self.operator, order) {
@@ -46,7 +49,7 @@ impl DepthRequest<'_> {
         Some(Depth { layers, zero_output })
     }
 
-    fn resolve_factor(&self, findings: &mut Findings) -> Option<u32> {
+    pub(super) fn resolve_factor(&self, findings: &mut Findings) -> Option<u32> {
         let (depth, place, operator) = (self.source_layers, &self.place, self.operator);
         let factor = match (self.factor, self.target_layers) {
             (Some(factor), None) => factor,

@@ -1,5 +1,6 @@
 //! What a resolved job looks like: everything a trainer needs for one stage, with nothing left to default.
 
+use super::growth_learn::LearnPlan;
 use crate::spec::data::DataSpec;
 use crate::spec::storage::StorageSpec;
 use crate::spec::training::{AdamWSpec, Precision};
@@ -127,6 +128,9 @@ pub struct GrowthPlan {
     /// Where the channels come from; absent where every width stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub width: Option<Box<WidthPlan>>,
+    /// What is learned, where the weights are learned mixtures of the source's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learn: Option<Box<LearnPlan>>,
     /// Noise that is mixed in at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub noise: Option<NoisePlan>,
@@ -242,12 +246,21 @@ pub enum GrowthOperator {
     DirectWidth,
     /// New channels that are zero at first, with random weights.
     ZeroWidth,
+    /// LiGO in depth: every layer is a learned mixture of the source's layers.
+    LearnDepth,
+    /// LiGO in width: every weight is multiplied by learned matrices on both sides.
+    LearnWidth,
 }
 
 impl GrowthOperator {
     /// Whether it changes widths.
     pub fn is_width(self) -> bool {
-        matches!(self, Self::DirectWidth | Self::ZeroWidth)
+        matches!(self, Self::DirectWidth | Self::ZeroWidth | Self::LearnWidth)
+    }
+
+    /// Whether its weights are learned mixtures.
+    pub fn is_learned(self) -> bool {
+        matches!(self, Self::LearnDepth | Self::LearnWidth)
     }
 }
 

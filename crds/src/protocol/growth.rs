@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// Name of the record inside a checkpoint's folder.
 pub const GROWTH_RECORD_FILE: &str = "growth.json";
 
+/// Name of the learned matrices inside a checkpoint's folder.
+pub const LEARNED_MATRICES_FILE: &str = "learned.safetensors";
+
 /// What a growth step did.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
 #[serde(rename_all = "camelCase")]
@@ -29,6 +32,9 @@ pub struct GrowthRecord {
     /// What was measured; absent where measuring was switched off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<GrowthMeasurement>,
+    /// What was learned, where the operator learns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<LearnRecord>,
     /// Tensors of layers that are further copies of their source.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub new_tensors: Vec<String>,
@@ -38,6 +44,18 @@ pub struct GrowthRecord {
     /// Tensors that are zero at first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub zero_tensors: Vec<String>,
+}
+
+/// How the matrices of LearnDepth and LearnWidth were learned.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct LearnRecord {
+    /// Steps.
+    pub steps: u64,
+    /// Tokens of all steps.
+    pub tokens: u64,
+    /// Mean loss of the batch of every step before its update, in nats.
+    pub losses: Vec<f64>,
 }
 
 /// The connection rate as a fraction.

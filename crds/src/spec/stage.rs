@@ -11,6 +11,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// Steps for which LearnDepth and LearnWidth learn if nothing is said, as in the original LiGO (arXiv 2303.00980).
+pub const DEFAULT_LEARN_STEPS: u32 = 100;
+
 /// One architecture, trained for a number of tokens.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -18,25 +21,25 @@ use std::collections::BTreeMap;
     validation = Rule::new("!has(self.replicas) || !has(self.elastic)")
         .message("set replicas for a fixed size or elastic for a range, not both"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['Stack', 'Interleave', 'ZeroDepth']) || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
+        "!has(self.growth) || !(self.growth.operator in ['Stack', 'Interleave', 'ZeroDepth', 'LearnDepth']) || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
-    .message("Stack, Interleave and ZeroDepth need to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
+    .message("Stack, Interleave, ZeroDepth and LearnDepth need to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
     validation = Rule::new(
         "!has(self.growth) || !has(self.growth.depth) || self.growth.depth.operator == 'LayerMap' || has(self.growth.depth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
     .message("growth.depth needs to know how deep: set growth.depth.factor or model.numHiddenLayers"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth']) || has(self.growth.factor) || (has(self.model) && (has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads)))"
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'LearnWidth']) || has(self.growth.factor) || (has(self.model) && (has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads)))"
     )
-    .message("DirectWidth and ZeroWidth need to know how wide: set growth.factor, or the sizes that grow in the stage's model"),
+    .message("DirectWidth, ZeroWidth and LearnWidth need to know how wide: set growth.factor, or the sizes that grow in the stage's model"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth']) || has(self.growth.depth) || !has(self.model) || !has(self.model.numHiddenLayers)"
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'LearnWidth']) || has(self.growth.depth) || !has(self.model) || !has(self.model.numHiddenLayers)"
     )
-    .message("DirectWidth and ZeroWidth keep the depth: remove model.numHiddenLayers, or add growth.depth"),
+    .message("DirectWidth, ZeroWidth and LearnWidth keep the depth: remove model.numHiddenLayers, or add growth.depth"),
     validation = Rule::new(
-        "!has(self.growth) || !has(self.model) || self.growth.operator in ['DirectWidth', 'ZeroWidth'] || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim))"
+        "!has(self.growth) || !has(self.model) || self.growth.operator in ['DirectWidth', 'ZeroWidth', 'LearnWidth'] || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim))"
     )
-    .message("this operator changes the depth only: keep numHiddenLayers and remove the sizes from the stage's model, or use DirectWidth or ZeroWidth"),
+    .message("this operator changes the depth only: keep numHiddenLayers and remove the sizes from the stage's model, or use DirectWidth, ZeroWidth or LearnWidth"),
     validation = Rule::new(
         "!has(self.growth) || !has(self.model) || !(has(self.model.vocabSize) || has(self.model.maxPositionEmbeddings) || has(self.model.ropeTheta) || has(self.model.tieWordEmbeddings))"
     )
@@ -109,14 +112,25 @@ pub struct StageSpec {
     .message("zeroDepth belongs to operator ZeroDepth; remove it, or change operator"),
     validation = Rule::new("!has(self.directWidth) || self.operator == 'DirectWidth'")
         .message("directWidth belongs to operator DirectWidth; remove it, or change operator"),
-    validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth']")
-        .message("depth belongs to DirectWidth and ZeroWidth, which can grow the depth in the same step; remove it"),
+    validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth', 'LearnWidth']")
+        .message("depth belongs to DirectWidth, ZeroWidth and LearnWidth, which can grow the depth in the same step; remove it"),
+    validation = Rule::new(
+        "!has(self.depth) || self.depth.operator != 'LearnDepth' || self.operator == 'LearnWidth'"
+    )
+    .message("depth.operator LearnDepth is learned together with LearnWidth; use operator LearnWidth, or another depth.operator"),
+    validation = Rule::new("!has(self.learn) || self.operator in ['LearnDepth', 'LearnWidth']")
+        .message("learn belongs to LearnDepth and LearnWidth; remove it, or change operator"),
+    validation = Rule::new(
+        "!(self.operator in ['LearnDepth', 'LearnWidth']) || !has(self.optimizerState) || self.optimizerState == 'Reset'"
+    )
+    .message("LearnDepth and LearnWidth mix weights, and moments of a mixture are not defined: use optimizerState Reset"),
 )]
 pub struct GrowthSpec {
-    /// Depth: Stack, Interleave, LayerMap, ZeroDepth. Width: DirectWidth, ZeroWidth. docs/growth.md describes each.
+    /// Depth: Stack, Interleave, LayerMap, ZeroDepth, LearnDepth. Width: DirectWidth, ZeroWidth, LearnWidth.
+    /// docs/growth.md describes each.
     pub operator: GrowthOperator,
-    /// How many times the layers (Stack, Interleave, ZeroDepth), or hiddenSize, intermediateSize and both numbers of
-    /// heads (DirectWidth, ZeroWidth) are multiplied. The stage's model can say it instead.
+    /// How many times the layers (Stack, Interleave, ZeroDepth, LearnDepth), or hiddenSize, intermediateSize and both
+    /// numbers of heads (DirectWidth, ZeroWidth, LearnWidth) are multiplied. The stage's model can say it instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 2, max = 64))]
     pub factor: Option<u32>,
@@ -129,6 +143,9 @@ pub struct GrowthSpec {
     /// Options of DirectWidth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub direct_width: Option<DirectWidthSpec>,
+    /// Options of LearnDepth and LearnWidth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learn: Option<LearnSpec>,
     /// A growth of the depth in the same step as one of the width.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<DepthGrowthSpec>,
@@ -224,17 +241,36 @@ pub struct DirectWidthSpec {
     pub split: WidthSplit,
 }
 
+/// How the matrices of LearnDepth and LearnWidth are learned: on batches of the stage, with its AdamW and clipping.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LearnSpec {
+    /// Steps that they are trained for; 0 leaves them as they begin, which makes LearnDepth a Stack.
+    #[schemars(range(min = 0, max = 10000))]
+    pub steps: u32,
+    /// Their learning rate, constant over the steps. Default: the peak of the stage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub learning_rate: Option<f64>,
+}
+
+impl Default for LearnSpec {
+    fn default() -> Self {
+        Self { steps: DEFAULT_LEARN_STEPS, learning_rate: None }
+    }
+}
+
 /// A growth of the depth beside one of the width; layerMap and zeroDepth stand in growth.
 #[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.operator in ['Stack', 'Interleave', 'LayerMap', 'ZeroDepth']")
-        .message("depth.operator is one of Stack, Interleave, LayerMap and ZeroDepth"),
+    validation = Rule::new("self.operator in ['Stack', 'Interleave', 'LayerMap', 'ZeroDepth', 'LearnDepth']")
+        .message("depth.operator is one of Stack, Interleave, LayerMap, ZeroDepth and LearnDepth"),
     validation = Rule::new("self.operator != 'LayerMap' || !has(self.factor)")
         .message("depth.factor does not go with LayerMap: the list says how deep the model becomes, remove it"),
 )]
 pub struct DepthGrowthSpec {
-    /// Stack, Interleave, LayerMap or ZeroDepth.
+    /// Stack, Interleave, LayerMap, ZeroDepth, or beside LearnWidth LearnDepth.
     pub operator: GrowthOperator,
     /// How many times the layers are multiplied.
     #[serde(skip_serializing_if = "Option::is_none")]

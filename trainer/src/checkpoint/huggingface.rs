@@ -93,11 +93,16 @@ impl HuggingFaceFolder {
     /// # Errors
     /// When the storage fails, or the weights are damaged.
     pub fn load(&self) -> Result<TrainingState> {
-        let layout = ParameterLayout::new(&self.config);
         if self.manifest.is_some() {
             self.verify_weights(&|_| ())?;
         }
         self.check_tied_head()?;
+        Ok(TrainingState { parameters: self.read_parameters()?, ..TrainingState::default() })
+    }
+
+    /// All weights as f32 in their layout, unverified.
+    pub(crate) fn read_parameters(&self) -> Result<Vec<f32>> {
+        let layout = ParameterLayout::new(&self.config);
         let mut parameters = vec![0.0; layout.total_len()];
         let mut buffer = Vec::new();
         for tensor in layout.tensors() {
@@ -110,7 +115,7 @@ impl HuggingFaceFolder {
                 Ok::<(), CheckpointError>(())
             })?;
         }
-        Ok(TrainingState { parameters, ..TrainingState::default() })
+        Ok(parameters)
     }
 
     /// Digest of what the model is: the manifest's state digest, or else one over `config.json` and the weights.

@@ -70,6 +70,9 @@ pub fn grown_config(source: &ModelConfig, plan: &GrowthPlan) -> Result<ModelConf
     if let Some(width) = &plan.width {
         width.check(source)?;
     }
+    if let Some(width) = plan.learn.as_ref().and_then(|learn| learn.width.as_ref()) {
+        width.check(source)?;
+    }
     Ok(plan.grown(source))
 }
 
@@ -126,6 +129,7 @@ mod tests {
             layers: layers.to_vec(),
             zero_output: Vec::new(),
             width: None,
+            learn: None,
             noise: None,
             optimizer_state: OptimizerStatePolicy::Reset,
         }

@@ -11,6 +11,7 @@ fn plan(layers: &[u32], optimizer_state: OptimizerStatePolicy) -> GrowthPlan {
         layers: layers.to_vec(),
         zero_output: Vec::new(),
         width: None,
+        learn: None,
         noise: None,
         optimizer_state,
     }

@@ -258,10 +258,32 @@ impl<'a> Transform<'a> {
         }
     }
 
-    /// Standard deviation of the noise of the paper's ablation.
-    fn noise_std(&self, part: Part) -> f64 {
-        let (hidden, layers) = (f64::from(self.target.hidden_size), f64::from(self.target.num_hidden_layers));
-        if part.writes_residual() { 1.0 / (hidden.sqrt() * layers) } else { (2.0 / (5.0 * hidden)).sqrt() }
+}
+
+/// Standard deviation of the noise of the paper's ablation.
+fn noise_std(target: &ModelConfig, part: Part) -> f64 {
+    let (hidden, layers) = (f64::from(target.hidden_size), f64::from(target.num_hidden_layers));
+    if part.writes_residual() { 1.0 / (hidden.sqrt() * layers) } else { (2.0 / (5.0 * hidden)).sqrt() }
+}
+
+/// W = (1 - share) W + share E, on the elements of the tensor `name` from `first` on.
+pub(super) fn add_noise(
+    plan: &GrowthPlan,
+    target: &ModelConfig,
+    name: &str,
+    first: usize,
+    out: &mut [f32],
+) {
+    let (Some(noise), part) = (plan.noise, Part::of(name)) else { return };
+    if part.is_norm() {
+        return;
+    }
+    let mut values = vec![0.0; out.len()];
+    let std = noise_std(target, part);
+    random::normal_from(noise.seed, &format!("{name}/noise"), std, first, &mut values);
+    let share = noise.share as f32;
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = (1.0 - share) * *out + share * value;
     }
 }
 
@@ -360,7 +382,9 @@ impl Recipe<'_> {
             } else {
                 self.weights(row, source, out);
             }
-            self.add_noise(row, out);
+            if self.vector == Vector::Weights {
+                add_noise(self.transform.plan, self.transform.target, self.name, row * width, out);
+            }
         });
     }
 
@@ -474,21 +498,6 @@ impl Recipe<'_> {
     fn new_rows_read_old(&self) -> bool {
         let hidden_grows = self.transform.axes.as_ref().is_some_and(|axes| axes.hidden.has_new());
         matches!(self.part, Part::Query | Part::Key | Part::Gate) && !hidden_grows
-    }
-
-    /// W = (1 - share) W + share E.
-    fn add_noise(&self, row: usize, out: &mut [f32]) {
-        let Some(noise) = self.transform.plan.noise else { return };
-        if self.vector == Vector::Moments || self.part.is_norm() {
-            return;
-        }
-        let mut values = vec![0.0; out.len()];
-        let std = self.transform.noise_std(self.part);
-        random::normal_from(noise.seed, &format!("{}/noise", self.name), std, row * out.len(), &mut values);
-        let share = noise.share as f32;
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = (1.0 - share) * *out + share * value;
-        }
     }
 }
 
