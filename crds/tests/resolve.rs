@@ -610,7 +610,7 @@ fn every_mistake_says_what_to_do() {
                 "/spec/stages/1/growth",
                 json!({"operator": "Interleave", "factor": 2, "depth": {"operator": "Stack"}}),
             )],
-            "spec.stages[1].growth.depth: depth belongs to DirectWidth, ZeroWidth and RandomWidth; Interleave grows",
+            "spec.stages[1].growth.depth: depth belongs to operators of the width; Interleave grows",
         ),
         (
             vec![("/spec/stages/1/growth", json!({"operator": "Stack", "factor": 2, "noise": 1.5}))],

@@ -114,13 +114,12 @@ pub(super) fn check_grown_model(
         let place = format!("{field}.model.{name}");
         if sizes.contains(&name) {
             if !operator.is_width() {
-                let message = "a stage that grows in depth keeps the width of the stage before; remove it, or use DirectWidth, ZeroWidth or RandomWidth";
+                let message = "a stage that grows in depth keeps the width of the stage before; remove it, or use an operator of the width";
                 findings.error(place, message);
             }
         } else if let Some((_, operators)) = of_random_weights.iter().find(|(field, _)| *field == name) {
             if !operators.contains(&operator) {
-                let message =
-                    format!("in a stage that grows it belongs to one of {operators:?}; remove it");
+                let message = format!("in a stage that grows it belongs to one of {operators:?}; remove it");
                 findings.error(place, message);
             }
         } else {

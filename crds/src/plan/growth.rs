@@ -3,6 +3,7 @@
 use super::architecture::check_grown_model;
 use super::error::{Findings, PlanErrors};
 use super::growth_depth::{Depth, DepthRequest};
+use super::growth_learn::{LearnPlan, LearnedWidth};
 use super::growth_map::MAX_LAYERS;
 use super::growth_width::WidthRequest;
 use super::{
@@ -33,6 +34,9 @@ impl std::fmt::Display for GrowthEffect {
 impl GrowthPlan {
     /// What the growth of a source with so many layers does to its function, and why.
     pub fn effect(&self, source_layers: u32) -> (GrowthEffect, &'static str) {
+        if self.learn.is_some() {
+            return (GrowthEffect::Spike, "weights are learned mixtures of the source's");
+        }
         let live = (0u32..).zip(&self.layers).filter(|(target, _)| !self.zero_output.contains(target));
         if !live.map(|(_, source)| *source).eq(0..source_layers) {
             return (GrowthEffect::Spike, "layers run more than once, or in another order");
@@ -66,7 +70,12 @@ impl GrowthPlan {
     pub fn grown(&self, source: &ModelConfig) -> ModelConfig {
         let old = u32::try_from(self.layers.len()).unwrap_or(MAX_LAYERS);
         let num_hidden_layers = old.saturating_add(self.new_layers.map_or(0, |new| new.count));
-        let widened = self.width.as_ref().map_or_else(|| source.clone(), |width| width.grown(source));
+        let learned = self.learn.as_ref().and_then(|learn| learn.width.as_ref());
+        let widened = match (&self.width, learned) {
+            (Some(width), _) => width.grown(source),
+            (None, Some(width)) => width.grown(source),
+            (None, None) => source.clone(),
+        };
         ModelConfig { num_hidden_layers, ..widened }
     }
 }
@@ -97,6 +106,10 @@ impl GrowthRequest<'_> {
         let Depth { layers, zero_output, new_layers } = depth?;
         let (initializer, seed) = (self.initializer, self.seed);
         let new_layers = (new_layers > 0).then_some(NewLayersPlan { count: new_layers, initializer, seed });
+        let (width, learn) = match self.growth.operator.is_learned() {
+            true => (None, Some(Box::new(self.learn(width.as_deref(), findings)?))),
+            false => (width, None),
+        };
         Some(GrowthPlan {
             from_stage: self.from_stage.to_owned(),
             operator: self.growth.operator,
@@ -104,6 +117,7 @@ impl GrowthRequest<'_> {
             new_layers,
             zero_output,
             width,
+            learn,
             noise: self.noise(findings)?,
             optimizer_state: self.growth.optimizer_state,
         })
@@ -148,6 +162,7 @@ impl GrowthRequest<'_> {
                 "RandomWidth",
                 growth.random_width.is_some() && growth.operator != GrowthOperator::RandomWidth,
             ),
+            ("learn", "LearnDepth or LearnWidth", growth.learn.is_some() && !growth.operator.is_learned()),
         ];
         let mut fine = Some(());
         for (name, operator, _) in wrong.into_iter().filter(|(.., wrong)| *wrong) {
@@ -157,7 +172,7 @@ impl GrowthRequest<'_> {
         }
         if growth.depth.is_some() && !growth.operator.is_width() {
             let message = format!(
-                "depth belongs to DirectWidth, ZeroWidth and RandomWidth; {:?} grows the depth already, remove it",
+                "depth belongs to operators of the width; {:?} grows the depth already, remove it",
                 growth.operator
             );
             findings.error(format!("{}.growth.depth", self.field), message);
@@ -191,6 +206,14 @@ impl GrowthRequest<'_> {
             findings.error(format!("{field}.growth.depth.operator"), message);
             return None;
         }
+        if operator == GrowthOperator::LearnDepth && !self.growth.operator.is_learned() {
+            let message = format!(
+                "LearnDepth is learned together with the width; use operator LearnWidth instead of {:?}, or another depth.operator",
+                self.growth.operator
+            );
+            findings.error(format!("{field}.growth.depth.operator"), message);
+            return None;
+        }
         let (factor, place) = match self.growth.depth {
             Some(depth) => (depth.factor, format!("{field}.growth.depth")),
             None => (self.growth.factor, format!("{field}.growth")),
@@ -209,6 +232,12 @@ impl GrowthRequest<'_> {
         let model = self.model.cloned().unwrap_or_default();
         let (initializer, seed) = (self.initializer, self.seed);
         WidthRequest { growth, model: &model, field, source, initializer, seed }.resolve(findings)
+    }
+
+    fn learn(&self, width: Option<&WidthPlan>, findings: &mut Findings) -> Option<LearnPlan> {
+        let depth = self.depth_operator() == Some(GrowthOperator::LearnDepth);
+        let width = width.map(LearnedWidth::of);
+        LearnPlan::resolve(self.growth, self.source, (depth, width), (self.field, self.seed), findings)
     }
 
     fn noise(&self, findings: &mut Findings) -> Option<Option<NoisePlan>> {
@@ -257,6 +286,9 @@ pub fn resolve_checkpoint_growth(
         seed,
     };
     let plan = request.resolve(&mut findings);
+    if let Some(plan) = &plan {
+        plan.note_learning("stage", source, &mut findings);
+    }
     let notes = findings.finish()?;
     plan.map(|plan| (plan, notes)).ok_or_else(|| PlanErrors::of("stage.growth", "it cannot be carried out"))
 }

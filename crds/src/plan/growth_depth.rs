@@ -108,7 +108,10 @@ impl DepthRequest<'_> {
         // These add single layers, as many as are needed.
         let any_depth = matches!(
             operator,
-            GrowthOperator::Interleave | GrowthOperator::ZeroDepth | GrowthOperator::RandomDepth
+            GrowthOperator::Interleave
+                | GrowthOperator::ZeroDepth
+                | GrowthOperator::RandomDepth
+                | GrowthOperator::LearnDepth
         );
         let message = if target <= depth {
             format!("{target} layers are no more than the {depth} that grow; use more")
@@ -116,7 +119,7 @@ impl DepthRequest<'_> {
             format!("{target} layers are more than {MAX_LAYERS}; use fewer")
         } else if !any_depth && !target.is_multiple_of(depth) {
             format!(
-                "{target} layers are no multiple of the {depth} that grow, which {operator:?} repeats as a whole; choose a multiple, or use operator Interleave, ZeroDepth, RandomDepth or LayerMap"
+                "{target} layers are no multiple of the {depth} that grow, which {operator:?} repeats as a whole; choose a multiple, or use operator Interleave, ZeroDepth, RandomDepth, LearnDepth or LayerMap"
             )
         } else {
             return Some(target);

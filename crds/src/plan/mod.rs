@@ -5,6 +5,7 @@ mod error;
 pub mod flops;
 pub mod growth;
 mod growth_depth;
+pub mod growth_learn;
 pub mod growth_map;
 pub mod growth_mask;
 pub mod growth_width;
@@ -19,5 +20,6 @@ pub mod types;
 
 pub use error::{PlanError, PlanErrors};
 pub use growth::{CheckpointGrowth, resolve_checkpoint_growth};
+pub use growth_learn::{LearnPlan, LearnedWidth};
 pub use resolve::resolve;
 pub use types::*;

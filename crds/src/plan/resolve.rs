@@ -94,6 +94,8 @@ fn check_names(name: &str, spec: &GrowthTrainingJobSpec, findings: &mut Findings
 struct Shape {
     model: ModelConfig,
     start: StageStart,
+    /// What it grows from.
+    source: Option<ModelConfig>,
 }
 
 /// Shapes of all stages; those after a wrong one are unknown too.
@@ -127,7 +129,7 @@ fn first_shape(spec: &GrowthTrainingJobSpec, stage: &StageSpec, findings: &mut F
             StageStart::Random { initializer: over.or(spec.model.initializer).unwrap_or_default() }
         }
     };
-    Some(Shape { model, start })
+    Some(Shape { model, start, source: None })
 }
 
 fn grown_shape(
@@ -159,7 +161,8 @@ fn grown_shape(
         seed: u64::try_from(spec.training.seed).unwrap_or_default(),
     };
     let growth = request.resolve(findings)?;
-    Some(Shape { model: growth.grown(source), start: StageStart::Growth(growth) })
+    let model = growth.grown(source);
+    Some(Shape { model, start: StageStart::Growth(growth), source: Some(source.clone()) })
 }
 
 /// Tokens of every stage, in whole steps. The last stage comes first, because `auto` looks ahead.
@@ -297,7 +300,11 @@ impl StageInput<'_> {
         let micro_batches = batch.global / batch.micro;
         let ranks = check_replicas(stage, micro_batches, self.spec.training.reproducible, &field, findings);
         let ramp = resolve_ramp(stage, batch, tokens, &field, findings);
-        let Shape { model, start } = self.shape?;
+        let (Shape { model, mut start, source }, training) = (self.shape?, training?);
+        if let (StageStart::Growth(plan), Some(growth), Some(source)) = (&mut start, &stage.growth, &source) {
+            plan.learn_on_stage(growth, &training);
+            plan.note_learning(&field, source, findings);
+        }
         let memory = model.memory(batch.micro, micro_batches, ranks?);
         let mask_ramp_tokens = ramp?;
         Some(StagePlan {
@@ -310,7 +317,7 @@ impl StageInput<'_> {
             first_token: first_token?,
             tokens,
             steps: batch.steps(tokens),
-            training: training?,
+            training,
             checkpoint: checkpoint?,
             evaluation: evaluation?,
             parameters: model.parameter_counts(),

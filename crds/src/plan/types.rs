@@ -1,5 +1,6 @@
 //! What a resolved job looks like: everything a trainer needs for one stage, with nothing left to default.
 
+use super::growth_learn::LearnPlan;
 use crate::spec::data::DataSpec;
 use crate::spec::storage::StorageSpec;
 use crate::spec::training::{AdamWSpec, Precision};
@@ -133,6 +134,9 @@ pub struct GrowthPlan {
     /// Where the channels come from; absent where every width stays.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub width: Option<Box<WidthPlan>>,
+    /// What is learned, where the weights are learned mixtures of the source's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learn: Option<Box<LearnPlan>>,
     /// Noise that is mixed in at the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub noise: Option<NoisePlan>,
@@ -274,12 +278,21 @@ pub enum GrowthOperator {
     RandomDepth,
     /// New channels, heads and neurons with random weights, which masks let in step by step.
     RandomWidth,
+    /// LiGO in depth: every layer is a learned mixture of the source's layers.
+    LearnDepth,
+    /// LiGO in width: every weight is multiplied by learned matrices on both sides.
+    LearnWidth,
 }
 
 impl GrowthOperator {
     /// Whether it changes widths.
     pub fn is_width(self) -> bool {
-        matches!(self, Self::DirectWidth | Self::ZeroWidth | Self::RandomWidth)
+        matches!(self, Self::DirectWidth | Self::ZeroWidth | Self::RandomWidth | Self::LearnWidth)
+    }
+
+    /// Whether its weights are learned mixtures.
+    pub fn is_learned(self) -> bool {
+        matches!(self, Self::LearnDepth | Self::LearnWidth)
     }
 }
 

@@ -37,10 +37,13 @@ impl GrowthMaskRecord {
             ];
             maps.map(|map| map.target()) == sizes
         });
-        let layers = self.growth.layers.len() as u64 + u64::from(self.growth.new_layers.map_or(0, |new| new.count));
+        let layers =
+            self.growth.layers.len() as u64 + u64::from(self.growth.new_layers.map_or(0, |new| new.count));
         masks && widths && layers == u64::from(config.num_hidden_layers)
     }
 }
+/// Name of the learned matrices inside a checkpoint's folder.
+pub const LEARNED_MATRICES_FILE: &str = "learned.safetensors";
 
 /// What a growth step did.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
@@ -68,6 +71,9 @@ pub struct GrowthRecord {
     /// What was measured; absent where measuring was switched off.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub measured: Option<GrowthMeasurement>,
+    /// What was learned, where the operator learns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub learned: Option<LearnRecord>,
     /// Tensors of layers that are further copies of their source, or have none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub new_tensors: Vec<String>,
@@ -81,6 +87,18 @@ pub struct GrowthRecord {
 
 fn is_zero(count: &u32) -> bool {
     *count == 0
+}
+
+/// How the matrices of LearnDepth and LearnWidth were learned.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
+#[serde(rename_all = "camelCase")]
+pub struct LearnRecord {
+    /// Steps.
+    pub steps: u64,
+    /// Tokens of all steps.
+    pub tokens: u64,
+    /// Mean loss of the batch of every step before its update, in nats.
+    pub losses: Vec<f64>,
 }
 
 /// The connection rate as a fraction.

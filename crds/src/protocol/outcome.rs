@@ -133,6 +133,7 @@ mod tests {
         GrowthRecord {
             operator: GrowthOperator::Stack,
             layers: vec![0, 1, 0, 1],
+            new_layers: 0,
             connection_rate: ConnectionRate { kept: 2, pairs: 3 },
             source_parameters: 10,
             target_parameters: 20,
@@ -147,6 +148,7 @@ mod tests {
                 loss_before: Some(4.0),
                 loss_after,
             }),
+            learned: None,
             // More than a termination message holds.
             new_tensors: vec!["model.layers.2.mlp.down_proj.weight".into(); 500],
             widened_tensors: Vec::new(),

@@ -11,6 +11,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 
+/// Steps for which LearnDepth and LearnWidth learn if nothing is said, as in the original LiGO (arXiv 2303.00980).
+pub const DEFAULT_LEARN_STEPS: u32 = 100;
+
 /// One architecture, trained for a number of tokens.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
@@ -18,25 +21,25 @@ use std::collections::BTreeMap;
     validation = Rule::new("!has(self.replicas) || !has(self.elastic)")
         .message("set replicas for a fixed size or elastic for a range, not both"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['Stack', 'Interleave', 'ZeroDepth', 'RandomDepth']) || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
+        "!has(self.growth) || !(self.growth.operator in ['Stack', 'Interleave', 'ZeroDepth', 'RandomDepth', 'LearnDepth']) || has(self.growth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
-    .message("Stack, Interleave, ZeroDepth and RandomDepth need to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
+    .message("this operator needs to know how deep: set growth.factor (4 is the paper's choice) or model.numHiddenLayers"),
     validation = Rule::new(
         "!has(self.growth) || !has(self.growth.depth) || self.growth.depth.operator == 'LayerMap' || has(self.growth.depth.factor) || (has(self.model) && has(self.model.numHiddenLayers))"
     )
     .message("growth.depth needs to know how deep: set growth.depth.factor or model.numHiddenLayers"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth']) || has(self.growth.factor) || (has(self.model) && (has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads)))"
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth', 'LearnWidth']) || has(self.growth.factor) || (has(self.model) && (has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads)))"
     )
-    .message("DirectWidth, ZeroWidth and RandomWidth need to know how wide: set growth.factor, or the sizes that grow in the stage's model"),
+    .message("operators of the width need to know how wide: set growth.factor, or the sizes that grow in the stage's model"),
     validation = Rule::new(
-        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth']) || has(self.growth.depth) || !has(self.model) || !has(self.model.numHiddenLayers)"
+        "!has(self.growth) || !(self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth', 'LearnWidth']) || has(self.growth.depth) || !has(self.model) || !has(self.model.numHiddenLayers)"
     )
-    .message("DirectWidth, ZeroWidth and RandomWidth keep the depth: remove model.numHiddenLayers, or add growth.depth"),
+    .message("operators of the width keep the depth: remove model.numHiddenLayers, or add growth.depth"),
     validation = Rule::new(
-        "!has(self.growth) || !has(self.model) || self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth'] || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim))"
+        "!has(self.growth) || !has(self.model) || self.growth.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth', 'LearnWidth'] || !(has(self.model.hiddenSize) || has(self.model.intermediateSize) || has(self.model.numAttentionHeads) || has(self.model.numKeyValueHeads) || has(self.model.headDim))"
     )
-    .message("this operator changes the depth only: keep numHiddenLayers and remove the sizes from the stage's model, or use DirectWidth, ZeroWidth or RandomWidth"),
+    .message("this operator changes the depth only: keep numHiddenLayers and remove the sizes from the stage's model, or use an operator of the width"),
     validation = Rule::new(
         "!has(self.growth) || !has(self.model) || !(has(self.model.vocabSize) || has(self.model.maxPositionEmbeddings) || has(self.model.ropeTheta) || has(self.model.tieWordEmbeddings))"
     )
@@ -117,15 +120,25 @@ pub struct StageSpec {
         .message("randomDepth belongs to operator RandomDepth; remove it, or change operator"),
     validation = Rule::new("!has(self.randomWidth) || self.operator == 'RandomWidth'")
         .message("randomWidth belongs to operator RandomWidth; remove it, or change operator"),
-    validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth']")
-        .message("depth belongs to DirectWidth, ZeroWidth and RandomWidth, which can grow the depth in the same step; remove it"),
+    validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth', 'RandomWidth', 'LearnWidth']")
+        .message("depth belongs to operators of the width, which can grow the depth in the same step; remove it"),
+    validation = Rule::new(
+        "!has(self.depth) || self.depth.operator != 'LearnDepth' || self.operator == 'LearnWidth'"
+    )
+    .message("depth.operator LearnDepth is learned together with LearnWidth; use operator LearnWidth, or another depth.operator"),
+    validation = Rule::new("!has(self.learn) || self.operator in ['LearnDepth', 'LearnWidth']")
+        .message("learn belongs to LearnDepth and LearnWidth; remove it, or change operator"),
+    validation = Rule::new(
+        "!(self.operator in ['LearnDepth', 'LearnWidth']) || !has(self.optimizerState) || self.optimizerState == 'Reset'"
+    )
+    .message("LearnDepth and LearnWidth mix weights, and moments of a mixture are not defined: use optimizerState Reset"),
 )]
 pub struct GrowthSpec {
-    /// Depth: Stack, Interleave, LayerMap, ZeroDepth, RandomDepth. Width: DirectWidth, ZeroWidth, RandomWidth.
-    /// docs/growth.md describes each.
+    /// Depth: Stack, Interleave, LayerMap, ZeroDepth, RandomDepth, LearnDepth. Width: DirectWidth, ZeroWidth,
+    /// RandomWidth, LearnWidth. docs/growth.md describes each.
     pub operator: GrowthOperator,
-    /// How many times the layers (Stack, Interleave, ZeroDepth, RandomDepth), or hiddenSize, intermediateSize and both
-    /// numbers of heads (DirectWidth, ZeroWidth, RandomWidth) are multiplied. The stage's model can say it instead.
+    /// How many times the layers (operators of the depth), or hiddenSize, intermediateSize and both numbers of heads
+    /// (operators of the width) are multiplied. The stage's model can say it instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(range(min = 2, max = 64))]
     pub factor: Option<u32>,
@@ -144,6 +157,9 @@ pub struct GrowthSpec {
     /// Options of RandomWidth.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub random_width: Option<RandomGrowthSpec>,
+    /// Options of LearnDepth and LearnWidth.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub learn: Option<LearnSpec>,
     /// A growth of the depth in the same step as one of the width.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub depth: Option<DepthGrowthSpec>,
@@ -249,17 +265,36 @@ pub struct RandomGrowthSpec {
     pub ramp_tokens: Option<TokenCount>,
 }
 
+/// How the matrices of LearnDepth and LearnWidth are learned: on batches of the stage, with its AdamW and clipping.
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct LearnSpec {
+    /// Steps that they are trained for; 0 leaves them as they begin, which makes LearnDepth a Stack.
+    #[schemars(range(min = 0, max = 10000))]
+    pub steps: u32,
+    /// Their learning rate, constant over the steps. Default: the peak of the stage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 0.0))]
+    pub learning_rate: Option<f64>,
+}
+
+impl Default for LearnSpec {
+    fn default() -> Self {
+        Self { steps: DEFAULT_LEARN_STEPS, learning_rate: None }
+    }
+}
+
 /// A growth of the depth beside one of the width; layerMap and zeroDepth stand in growth.
 #[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, KubeSchema)]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
-    validation = Rule::new("self.operator in ['Stack', 'Interleave', 'LayerMap', 'ZeroDepth']")
-        .message("depth.operator is one of Stack, Interleave, LayerMap and ZeroDepth"),
+    validation = Rule::new("self.operator in ['Stack', 'Interleave', 'LayerMap', 'ZeroDepth', 'LearnDepth']")
+        .message("depth.operator is one of Stack, Interleave, LayerMap, ZeroDepth and LearnDepth"),
     validation = Rule::new("self.operator != 'LayerMap' || !has(self.factor)")
         .message("depth.factor does not go with LayerMap: the list says how deep the model becomes, remove it"),
 )]
 pub struct DepthGrowthSpec {
-    /// Stack, Interleave, LayerMap or ZeroDepth.
+    /// Stack, Interleave, LayerMap, ZeroDepth, or beside LearnWidth LearnDepth.
     pub operator: GrowthOperator,
     /// How many times the layers are multiplied.
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -121,7 +121,7 @@ pub fn creation_cases() -> Vec<Case> {
             ],
         ),
         case(
-            "Stack, Interleave, ZeroDepth and RandomDepth need to know how deep",
+            "this operator needs to know how deep",
             vec![
                 ("/spec/stages/1/growth/factor", Value::Null),
                 ("/spec/stages/1/model", json!({"numHiddenLayers": 8})),
@@ -140,7 +140,7 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "DirectWidth, ZeroWidth and RandomWidth need to know how wide",
+            "operators of the width need to know how wide",
             vec![
                 ("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
                 ("/spec/stages/1/model", json!({"intermediateSize": 200})),
@@ -148,7 +148,7 @@ pub fn creation_cases() -> Vec<Case> {
             replace("/spec/stages/1/growth", json!({"operator": "RandomWidth"})),
         ),
         case(
-            "DirectWidth, ZeroWidth and RandomWidth keep the depth",
+            "operators of the width keep the depth",
             vec![
                 (
                     "/spec/stages/1/growth",
@@ -260,7 +260,7 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "depth belongs to DirectWidth, ZeroWidth and RandomWidth",
+            "depth belongs to operators of the width",
             replace(
                 "/spec/stages/1/growth",
                 json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}}),

@@ -1,8 +1,8 @@
 //! Reads any Hugging Face folder of a LLaMA: several files or one, F32, BF16 or F16, with or without a manifest.
 
 use super::config::{TokenIds, read_config};
-use super::mask::read_mask;
 use super::error::{CheckpointError, Result};
+use super::mask::read_mask;
 use super::objects::{Problem, state_digest};
 use super::reader::{Commit, commit_of};
 use super::tensor_file::TensorIndex;
@@ -103,11 +103,16 @@ impl HuggingFaceFolder {
     /// # Errors
     /// When the storage fails, or the weights are damaged.
     pub fn load(&self) -> Result<TrainingState> {
-        let layout = ParameterLayout::new(&self.config);
         if self.manifest.is_some() {
             self.verify_weights(&|_| ())?;
         }
         self.check_tied_head()?;
+        Ok(TrainingState { parameters: self.read_parameters()?, ..TrainingState::default() })
+    }
+
+    /// All weights as f32 in their layout, unverified.
+    pub(crate) fn read_parameters(&self) -> Result<Vec<f32>> {
+        let layout = ParameterLayout::new(&self.config);
         let mut parameters = vec![0.0; layout.total_len()];
         let mut buffer = Vec::new();
         for tensor in layout.tensors() {
@@ -123,7 +128,7 @@ impl HuggingFaceFolder {
         if let Some(GrowthMaskRecord { growth, masks }) = &self.mask {
             WeightMasks::new(&layout, &self.config, growth, masks).scale(0, &mut parameters);
         }
-        Ok(TrainingState { parameters, ..TrainingState::default() })
+        Ok(parameters)
     }
 
     /// Digest of what the model is: the manifest's state digest, or else one over `config.json` and the weights.

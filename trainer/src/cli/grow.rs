@@ -3,21 +3,25 @@
 use super::{End, Options, eval::absolute, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::{
-    CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, LayerOrder, OptimizerStatePolicy, StageStart,
-    WidthSplit, resolve_checkpoint_growth,
+    CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, JobPlan, LayerOrder, OptimizerStatePolicy,
+    StageStart, WidthSplit, resolve_checkpoint_growth,
 };
-use growth_crds::protocol::{GrowthMeasurement, GrowthRecord, GrowthSample, Outcome, checkpoint_status};
+use growth_crds::protocol::{
+    GrowthMeasurement, GrowthRecord, GrowthSample, LearnRecord, Outcome, checkpoint_status,
+};
 use growth_crds::spec::data::DataSource;
 use growth_crds::spec::model::ModelSpec;
 use growth_crds::spec::stage::{
-    DepthGrowthSpec, DirectWidthSpec, GrowthSpec, LayerMapSpec, LlamaProSpec, MiddleBlockSpec, SolarSpec,
-    ZeroDepthSpec,
+    DEFAULT_LEARN_STEPS, DepthGrowthSpec, DirectWidthSpec, GrowthSpec, LayerMapSpec, LearnSpec, LlamaProSpec,
+    MiddleBlockSpec, SolarSpec, ZeroDepthSpec,
 };
 use growth_trainer::checkpoint::{self, HuggingFaceFolder};
 use growth_trainer::data;
-use growth_trainer::growth::{self, DEFAULT_MEASURED_TOKENS, GrownCheckpoint, GrowthTarget, Measure};
-use growth_trainer::job;
-use growth_trainer::progress::{Reporter, Unit, count};
+use growth_trainer::growth::{
+    self, DEFAULT_MEASURED_TOKENS, GrownCheckpoint, GrowthData, GrowthTarget, LearnData, Learning, Measure,
+};
+use growth_trainer::job::{self, GrowthReporter, GrowthStep};
+use growth_trainer::progress::{Reporter, count};
 use growth_trainer::storage::{Storage, StorageOptions};
 use growth_trainer::tokenizer::Tokenizer;
 use serde::de::DeserializeOwned;
@@ -44,6 +48,7 @@ ZeroDepth adds layers that do nothing at first, RandomDepth new ones behind a ma
 DirectWidth copies channels, ZeroWidth adds channels that are zero at first, RandomWidth new
 ones behind masks; --depth-operator grows the depth in the same step. Masks rise while the
 stage of a job trains; a folder grown by hand has masks of 0, which eval and generate apply.
+LearnDepth and LearnWidth learn on --text how to mix weights.
 Afterwards both models run on the same tokens and are compared. docs/growth.md describes
 every operator.";
 
@@ -52,7 +57,7 @@ every operator.";
 #[command(after_long_help = HELP)]
 pub struct Arguments {
     /// Plan file of the grown stage
-    #[arg(long, conflicts_with_all = ["from", "to", "operator", "factor", "map", "width", "depth_operator"])]
+    #[arg(long, conflicts_with_all = ["from", "to", "operator", "factor", "map", "width", "learn", "depth_operator"])]
     plan: Option<PathBuf>,
     /// Folder of the source checkpoint
     #[arg(long, required_unless_present = "plan", requires = "to")]
@@ -61,7 +66,7 @@ pub struct Arguments {
     #[arg(long, requires = "from")]
     to: Option<String>,
     /// Growth operator
-    #[arg(long, default_value = "Stack", value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth", "RandomDepth", "RandomWidth"])]
+    #[arg(long, default_value = "Stack", value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth", "RandomDepth", "RandomWidth", "LearnDepth", "LearnWidth"])]
     operator: String,
     /// How often the layers are repeated, or how many times as wide the model becomes
     #[arg(long, conflicts_with = "map")]
@@ -83,11 +88,13 @@ pub struct Arguments {
     #[arg(long, value_parser = ["Interleaved", "Stacked"])]
     order: Option<String>,
     /// With an operator of the width: one of the depth for the same step
-    #[arg(long, value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth"])]
+    #[arg(long, value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "LearnDepth"])]
     depth_operator: Option<String>,
     /// How often the depth's operator repeats the layers
     #[arg(long, requires = "depth_operator")]
     depth_factor: Option<u32>,
+    #[command(flatten)]
+    learn: LearnArguments,
     /// Share of noise mixed into all matrices at the end
     #[arg(long)]
     noise: Option<f64>,
@@ -100,9 +107,30 @@ pub struct Arguments {
     /// Tokens on which source and target are compared; 0 for none
     #[arg(long, default_value_t = DEFAULT_MEASURED_TOKENS)]
     measure_tokens: usize,
-    /// Text for the comparison, a file or a pattern. Default: held-out text of the job, or random tokens
+    /// Text for the comparison, a file or a pattern; what follows is learned on. Default: held-out text of the job, or
+    /// random tokens
     #[arg(long, requires = "from")]
     text: Option<String>,
+}
+
+/// LearnDepth and LearnWidth.
+#[derive(clap::Args)]
+#[group(id = "learn", multiple = true)]
+struct LearnArguments {
+    /// LearnDepth, LearnWidth: steps that the matrices are trained for [default: 100]
+    #[arg(long, value_name = "STEPS")]
+    learn_steps: Option<u32>,
+    /// LearnDepth, LearnWidth: their learning rate [default: 3e-4]
+    #[arg(long, value_name = "RATE")]
+    learn_rate: Option<f64>,
+}
+
+impl LearnArguments {
+    fn spec(&self) -> Option<LearnSpec> {
+        let given = self.learn_steps.is_some() || self.learn_rate.is_some();
+        let steps = self.learn_steps.unwrap_or(DEFAULT_LEARN_STEPS);
+        given.then_some(LearnSpec { steps, learning_rate: self.learn_rate })
+    }
 }
 
 /// LayerMap: one of them.
@@ -200,6 +228,11 @@ fn describe(record: &GrowthRecord) -> String {
             record.zero_tensors.len()
         ),
     ];
+    if let Some(LearnRecord { steps, tokens, losses }) = &record.learned {
+        let ends = losses.first().zip(losses.last());
+        let losses = ends.map(|(first, last)| format!(", loss {first:.4} -> {last:.4}")).unwrap_or_default();
+        lines.push(format!("  learned          {steps} steps, {} tokens{losses}", count(*tokens as f64)));
+    }
     lines.extend(record.measured.as_ref().map(describe_measurement));
     lines.join("\n")
 }
@@ -233,11 +266,23 @@ fn grow_folder(arguments: &Arguments, reporter: &mut Reporter) -> anyhow::Result
         job: "grow".to_owned(),
         stage: "grown".to_owned(),
     };
-    let measure =
-        Measure { tokens: arguments.measure_tokens, text: text(arguments, &folder)?, held_out: None };
-    reporter.begin("growth", Unit::Bytes, 0, 0);
-    let mut progress = |done, total| reporter.advance(done, total, String::new());
-    Ok(growth::grow_and_measure(&source, None, &plan, &target, &[], &measure, &mut progress)?)
+    let learned_tokens = plan.learn.as_ref().map_or(0, |learn| learn.steps * learn.batch_tokens + 1);
+    let mut text = text(arguments, &folder, usize::try_from(learned_tokens)?)?;
+    // What is learned on says nothing about what was learned.
+    let measured = arguments.measure_tokens.saturating_add(1);
+    let rest = text.as_mut().map(|ids| ids.split_off(measured.min(ids.len())));
+    let shown = GrowthReporter::new(reporter, String::new());
+    let report = |progress| shown.learned(progress);
+    let learning = rest.filter(|_| plan.learn.is_some()).map(|ids| Learning {
+        data: LearnData::Text(ids),
+        progress: None,
+        stop: None,
+        report: &report,
+    });
+    let measure = Measure { tokens: arguments.measure_tokens, text, held_out: None };
+    let data = GrowthData { measure, learning };
+    let mut progress = |done, total| shown.bytes(done, total);
+    Ok(growth::grow_with(&source, None, &plan, &target, &[], &data, &mut progress)?)
 }
 
 /// The arguments as a stage of a job, resolved as one.
@@ -262,6 +307,7 @@ fn resolve(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<
         direct_width: word::<WidthSplit>(width.split.as_deref())?.map(|split| DirectWidthSpec { split }),
         random_depth: None,
         random_width: None,
+        learn: arguments.learn.spec(),
         depth: depth.map(|operator| DepthGrowthSpec { operator, factor: arguments.depth_factor }),
         noise: arguments.noise,
         optimizer_state: match arguments.keep_optimizer_state {
@@ -293,8 +339,8 @@ fn layer_map(arguments: &Arguments) -> Option<LayerMapSpec> {
     (spec != LayerMapSpec::default()).then_some(spec)
 }
 
-/// Tokens of the text to measure on.
-fn text(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<Option<Vec<u32>>> {
+/// Tokens of the text to measure on, and so many more.
+fn text(arguments: &Arguments, folder: &HuggingFaceFolder, more: usize) -> anyhow::Result<Option<Vec<u32>>> {
     let Some(text) = &arguments.text else { return Ok(None) };
     let tokenizer = folder.tokenizer()?.context("--text: the source has no tokenizer.json")?;
     let tokenizer = Tokenizer::from_json(std::str::from_utf8(&tokenizer)?, None)?;
@@ -305,7 +351,8 @@ fn text(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<Opt
         field: "text".to_owned(),
         max_bytes: None,
     };
-    Ok(Some(data::tokens_of("--text", &source, &tokenizer, arguments.measure_tokens + 1)?))
+    let tokens = arguments.measure_tokens.saturating_add(1).saturating_add(more);
+    Ok(Some(data::tokens_of("--text", &source, &tokenizer, tokens)?))
 }
 
 fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result<GrownCheckpoint> {
@@ -319,6 +366,15 @@ fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result
         checkpoint::latest_valid(&storage, &plan.job, &growth.from_stage, &mut warn)?.with_context(|| {
             format!("stage {} has no checkpoint to grow from; train it first", growth.from_stage)
         })?;
-    let held_out = job::held_out(&storage, &plan.job);
-    Ok(job::grow_checkpoint(&storage, &source, None, &plan, growth, held_out.as_ref(), reporter)?)
+    let dataset = match &growth.learn {
+        // It learns on the data of the job, which must be there; for the others it is only measured on.
+        Some(_) => {
+            let of_job = JobPlan { job: plan.job.clone(), stages: vec![plan.clone()], notes: Vec::new() };
+            Some(job::prepare_data(&of_job, &storage, reporter)?)
+        }
+        None => job::held_out(&storage, &plan.job),
+    };
+    let (stage, dataset) = (&plan, dataset.as_ref());
+    let step = GrowthStep { source: &source, expected: None, stage, growth, dataset, stop: None };
+    Ok(job::grow_checkpoint(&storage, &step, reporter)?)
 }

@@ -159,15 +159,26 @@ fn describe_growth(growth: &GrowthPlan) -> String {
     if !growth.zero_output.is_empty() {
         text += &format!(", with outputs of zero in {:?}", growth.zero_output);
     }
-    if let Some(width) = &growth.width {
+    let learned = growth.learn.as_ref().and_then(|learn| learn.width.as_ref());
+    let widths = growth
+        .width
+        .as_ref()
+        .map(|width| (&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate));
+    let learned =
+        learned.map(|width| (&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate));
+    if let Some((hidden, heads, key_value_heads, intermediate)) = widths.or(learned) {
         let change = |map: &WidthMap| format!("{} -> {}", map.source, map.target());
         text += &format!(
             ", hidden {}, heads {} ({} kv), intermediate {}",
-            change(&width.hidden),
-            change(&width.heads),
-            change(&width.key_value_heads),
-            change(&width.intermediate)
+            change(hidden),
+            change(heads),
+            change(key_value_heads),
+            change(intermediate)
         );
+    }
+    if let Some(learn) = &growth.learn {
+        let rate = learn.adam_w.learning_rate;
+        text += &format!(", learned in {} steps of {} tokens at {rate}", learn.steps, learn.batch_tokens);
     }
     if let Some(noise) = &growth.noise {
         text += &format!(", noise {}", noise.share);
@@ -181,9 +192,9 @@ fn describe(stage: &StagePlan) -> String {
         StageStart::Checkpoint { uri } => format!("weights of {uri}"),
         StageStart::Growth(growth) => describe_growth(growth),
     };
-    let ramp = stage.mask_ramp_tokens.map_or(String::new(), |tokens| {
-        format!("\n  masks         rise over the first {tokens} tokens")
-    });
+    let ramp = stage
+        .mask_ramp_tokens
+        .map_or(String::new(), |tokens| format!("\n  masks         rise over the first {tokens} tokens"));
     let (model, training, memory) = (&stage.model, &stage.training, &stage.memory);
     format!(
         "{}\n  starts from   {start}\n  model         hidden {}, {} heads ({} kv) of {}, intermediate {}, vocabulary \

@@ -83,6 +83,9 @@ pub fn grown_config(source: &ModelConfig, plan: &GrowthPlan) -> Result<ModelConf
     if let Some(width) = &plan.width {
         width.check(source)?;
     }
+    if let Some(width) = plan.learn.as_ref().and_then(|learn| learn.width.as_ref()) {
+        width.check(source)?;
+    }
     Ok(plan.grown(source))
 }
 
@@ -146,6 +149,7 @@ mod tests {
             new_layers: None,
             zero_output: Vec::new(),
             width: None,
+            learn: None,
             noise: None,
             optimizer_state: OptimizerStatePolicy::Reset,
         }

@@ -2,17 +2,20 @@
 //! memory does not depend on the model's size, and measures whether both compute the same.
 
 mod depth;
+pub mod learn;
 mod measure;
 mod transform;
 
 pub use depth::{LayerMapError, grown_config};
+pub use learn::{LearnData, LearnError, LearnProgress, Learning};
 pub use measure::{DEFAULT_MEASURED_TOKENS, Measure};
 
 use crate::checkpoint::DEFAULT_SHARD_BYTES;
 use crate::checkpoint::{
     CheckpointError, CheckpointLocation, Commit, Commitment, ExtraFile, HuggingFaceFolder, Problem, ShardSet,
     TensorIndex, commit_of, digest_bytes, list, mask_file, model_specs, moment_specs, put_object,
-    put_small_objects, put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder, verify,
+    put_small_objects, put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder,
+    verify,
 };
 use crate::model::layout::ParameterLayout;
 use crate::model::mask::WeightMasks;
@@ -48,6 +51,9 @@ pub enum GrowthError {
     /// Source or target.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// Matrices could not be learned.
+    #[error(transparent)]
+    Learn(#[from] LearnError),
     /// The plan does not fit the source.
     #[error("{uri} cannot be grown: {source}")]
     Layers {
@@ -106,6 +112,7 @@ impl GrowthError {
     pub fn is_input_error(&self) -> bool {
         match self {
             Self::Checkpoint(error) => error.is_input_error(),
+            Self::Learn(error) => error.is_input_error(),
             Self::Layers { .. }
             | Self::OtherSource { .. }
             | Self::NoMoments { .. }
@@ -203,8 +210,35 @@ pub fn grow_and_measure(
     measure: &Measure<'_>,
     progress: Progress<'_>,
 ) -> Result<GrownCheckpoint> {
-    let growth = Growth::open(source, expected, plan, DEFAULT_SHARD_BYTES)?;
-    growth.run(target, files, measure, progress)
+    let data = GrowthData { measure: measure.clone(), learning: None };
+    grow_with(source, expected, plan, target, files, &data, progress)
+}
+
+/// Tokens of a growth step.
+#[derive(Default)]
+pub struct GrowthData<'a> {
+    /// To compare source and target on.
+    pub measure: Measure<'a>,
+    /// To learn on, for operators that learn.
+    pub learning: Option<Learning<'a>>,
+}
+
+/// [`grow_and_measure`], with tokens to learn on.
+///
+/// # Errors
+/// As [`grow`], and when an operator that learns has no tokens, or its loss diverges.
+pub fn grow_with(
+    source: &Storage,
+    expected: Option<&ModelConfig>,
+    plan: &GrowthPlan,
+    target: &GrowthTarget,
+    files: &[ExtraFile],
+    data: &GrowthData<'_>,
+    progress: Progress<'_>,
+) -> Result<GrownCheckpoint> {
+    let mut growth = Growth::open(source, expected, plan, DEFAULT_SHARD_BYTES)?;
+    growth.learning = data.learning.as_ref();
+    growth.run(target, files, &data.measure, progress)
 }
 
 /// One growth step: everything is known and checked, nothing is written.
@@ -217,6 +251,7 @@ struct Growth<'a> {
     moments: Vec<String>,
     optimizer_step: u64,
     shard_bytes: u64,
+    learning: Option<&'a Learning<'a>>,
 }
 
 impl<'a> Growth<'a> {
@@ -243,6 +278,7 @@ impl<'a> Growth<'a> {
             moments: Vec::new(),
             optimizer_step: 0,
             shard_bytes,
+            learning: None,
             source,
         };
         if plan.optimizer_state == OptimizerStatePolicy::Keep {
@@ -272,6 +308,7 @@ impl<'a> Growth<'a> {
         measure: &Measure<'_>,
         progress: Progress<'_>,
     ) -> Result<GrownCheckpoint> {
+        self.check_learning()?;
         // With a manifest the digest is known, and a finished growth step costs no read of the source.
         if let Some(manifest) = self.source.manifest()
             && let Some(grown) = Self::reusable(target, &self.origin(manifest.digest.clone()))?
@@ -287,12 +324,16 @@ impl<'a> Growth<'a> {
         }
         refuse_used_folder(target)?;
         let (manifest, record) = self.write(target, origin, files, measure, &meter)?;
+        self.clear_progress()?;
         let uri = target.folder().uri().to_owned();
         Ok(GrownCheckpoint { manifest, uri, reused: false, record: Some(record) })
     }
 
     fn origin(&self, source_digest: String) -> CheckpointOrigin {
         let mut content = json!({"config": self.config, "growth": self.plan});
+        if let Some(data) = self.learning_identity() {
+            content["data"] = data;
+        }
         content.sort_all_objects();
         CheckpointOrigin { source_digest, plan_digest: digest_bytes(content.to_string().as_bytes()) }
     }
@@ -353,12 +394,20 @@ impl<'a> Growth<'a> {
         measure: &Measure<'_>,
         meter: &Meter<'_>,
     ) -> Result<(CheckpointManifest, GrowthRecord)> {
+        let learned = self.learn(&origin)?;
         let folder = target.folder();
         let files = self.files(files)?;
         let mut objects = put_small_objects(&folder, &self.config, self.source.token_ids(), &files)?;
         let model = self.model_shards();
-        let weights = self.write_shards(&folder, &model, self.source.tensors(), meter)?;
-        let record = self.record(self.measure(&folder, &weights, measure)?);
+        let weights = match &learned {
+            Some(learned) => self.write_learned(&folder, &model, learned, meter)?,
+            None => self.write_shards(&folder, &model, self.source.tensors(), meter)?,
+        };
+        let mut record = self.record(self.measure(&folder, &weights, measure)?);
+        if let (Some(learned), Some(plan)) = (&learned, &self.plan.learn) {
+            record.learned = Some(learned.record(plan));
+            objects.push(self.write_matrices(&folder, learned)?);
+        }
         objects.extend(weights);
         objects.push(model.write_index(&folder)?);
         if let Some(moments) = self.moment_shards() {
@@ -442,6 +491,7 @@ impl<'a> Growth<'a> {
             expected,
             reason: reason.to_owned(),
             measured,
+            learned: None,
             new_tensors: Vec::new(),
             widened_tensors: Vec::new(),
             zero_tensors: Vec::new(),

@@ -12,6 +12,7 @@ fn plan(layers: &[u32], optimizer_state: OptimizerStatePolicy) -> GrowthPlan {
         new_layers: None,
         zero_output: Vec::new(),
         width: None,
+        learn: None,
         noise: None,
         optimizer_state,
     }

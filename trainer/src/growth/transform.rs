@@ -218,22 +218,26 @@ impl<'a> Transform<'a> {
         };
         self.layout.find(name).map_or(0.0, |tensor| standard_deviation(tensor, self.target, initializer))
     }
+}
 
-    /// W = (1 - share) W + share E, for the elements from `first` on of a matrix.
-    fn add_noise(&self, name: &str, part: Part, first: usize, out: &mut [f32]) {
-        let Some(noise) = self.plan.noise.filter(|_| !part.is_norm()) else { return };
-        let mut values = vec![0.0; out.len()];
-        random::normal_from(noise.seed, &format!("{name}/noise"), self.noise_std(part), first, &mut values);
-        let share = noise.share as f32;
-        for (out, value) in out.iter_mut().zip(values) {
-            *out = (1.0 - share) * *out + share * value;
-        }
+/// Standard deviation of the noise of the paper's ablation.
+fn noise_std(target: &ModelConfig, part: Part) -> f64 {
+    let (hidden, layers) = (f64::from(target.hidden_size), f64::from(target.num_hidden_layers));
+    if part.writes_residual() { 1.0 / (hidden.sqrt() * layers) } else { (2.0 / (5.0 * hidden)).sqrt() }
+}
+
+/// W = (1 - share) W + share E, on the elements of the tensor `name` from `first` on.
+pub(super) fn add_noise(plan: &GrowthPlan, target: &ModelConfig, name: &str, first: usize, out: &mut [f32]) {
+    let (Some(noise), part) = (plan.noise, Part::of(name)) else { return };
+    if part.is_norm() {
+        return;
     }
-
-    /// Standard deviation of the noise of the paper's ablation.
-    fn noise_std(&self, part: Part) -> f64 {
-        let (hidden, layers) = (f64::from(self.target.hidden_size), f64::from(self.target.num_hidden_layers));
-        if part.writes_residual() { 1.0 / (hidden.sqrt() * layers) } else { (2.0 / (5.0 * hidden)).sqrt() }
+    let mut values = vec![0.0; out.len()];
+    let std = noise_std(target, part);
+    random::normal_from(noise.seed, &format!("{name}/noise"), std, first, &mut values);
+    let share = noise.share as f32;
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = (1.0 - share) * *out + share * value;
     }
 }
 
@@ -332,7 +336,9 @@ impl Recipe<'_> {
             } else {
                 self.weights(row, source, out);
             }
-            self.add_noise(row, out);
+            if self.vector == Vector::Weights {
+                add_noise(self.transform.plan, self.transform.target, self.name, row * width, out);
+            }
         });
     }
 
@@ -447,12 +453,6 @@ impl Recipe<'_> {
     fn new_rows_read_old(&self) -> bool {
         let hidden_grows = self.transform.axes.as_ref().is_some_and(|axes| axes.hidden.has_new());
         matches!(self.part, Part::Query | Part::Key | Part::Gate) && !hidden_grows
-    }
-
-    fn add_noise(&self, row: usize, out: &mut [f32]) {
-        if self.vector == Vector::Weights {
-            self.transform.add_noise(self.name, self.part, row * out.len(), out);
-        }
     }
 }
 

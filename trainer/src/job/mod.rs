@@ -2,12 +2,13 @@
 //! this process, over the same storage.
 
 pub mod gang;
+mod growing;
 mod record;
 
-use crate::checkpoint::{self, CheckpointLocation};
+use crate::checkpoint;
 use crate::collective::{Alone, CollectiveError};
 use crate::data::{self, Dataset, Verification};
-use crate::growth::{self, GrownCheckpoint, GrowthTarget, Measure};
+use crate::growth;
 use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, Unit};
 use crate::report::{Goodput, GrowthReport, StageReport};
@@ -17,13 +18,14 @@ use crate::training::board::ProgressBoard;
 use crate::training::history::History;
 use crate::training::stage::{self, StageEnd, StageInputs, TrainError, read_history};
 use growth_crds::GrowthTrainingJob;
-use growth_crds::plan::{GrowthPlan, JobPlan, ModelConfig, StagePlan, StageStart, ranks};
+use growth_crds::plan::{GrowthPlan, JobPlan, StagePlan, StageStart, ranks};
 use growth_crds::protocol::{CheckpointManifest, GROWTH_RECORD_FILE, GrowthRecord};
 use growth_crds::spec::storage::StorageSpec;
 use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+pub use growing::{GrowthReporter, GrowthStep, grow_checkpoint};
 pub use record::{JobRecord, pinned_dataset};
 
 /// Why a job stopped.
@@ -84,6 +86,11 @@ impl JobError {
             Self::Changed { .. } => true,
             Self::Record { .. } | Self::Ranks { .. } => false,
         }
+    }
+
+    /// Whether a growth step was asked to stop and can go on.
+    fn is_stopped(&self) -> bool {
+        matches!(self, Self::Growth(growth::GrowthError::Learn(growth::LearnError::Stopped { .. })))
     }
 
     /// Whether the ranks have not met.
@@ -160,7 +167,11 @@ pub fn run(
             continue;
         }
         if let (StageStart::Growth(growth), Some(before)) = (&stage.start, index.checked_sub(1)) {
-            grow(&storage, &plan.stages[before], stage, growth, &dataset, reporter)?;
+            let before = &plan.stages[before];
+            match grow(&storage, before, (stage, growth), &dataset, stop, reporter) {
+                Err(error) if error.is_stopped() => return Ok(JobEnd::Stopped),
+                grown => grown?,
+            }
         }
         let ranks = ranks.unwrap_or_else(|| ranks_of(&loaded.job, stage));
         let board = ProgressBoard::default();
@@ -236,9 +247,9 @@ pub fn held_out(storage: &Storage, job: &str) -> Option<Dataset> {
 fn grow(
     storage: &Storage,
     before: &StagePlan,
-    stage: &StagePlan,
-    growth: &GrowthPlan,
-    held_out: &Dataset,
+    (stage, growth): (&StagePlan, &GrowthPlan),
+    dataset: &Dataset,
+    stop: &AtomicBool,
     reporter: &mut Reporter,
 ) -> Result<()> {
     if checkpoint::list(storage, &stage.job, &stage.stage)?.iter().any(|found| found.committed().is_some()) {
@@ -248,38 +259,10 @@ fn grow(
         let (stage, from) = (stage.stage.clone(), before.stage.clone());
         return Err(TrainError::NotGrown { stage, from }.into());
     };
-    grow_checkpoint(storage, &source, Some(&before.model), stage, growth, Some(held_out), reporter)?;
+    let (expected, dataset, stop) = (Some(&before.model), Some(dataset), Some(stop));
+    let step = GrowthStep { source: &source, expected, stage, growth, dataset, stop };
+    grow_checkpoint(storage, &step, reporter)?;
     Ok(())
-}
-
-/// Grows the checkpoint `source` into the first one of `stage`, under an attempt number of its own. `expected` is the
-/// architecture that `source` must have, where it is known; both models are compared on `held_out`, else on random tokens.
-///
-/// # Errors
-/// When the plan does not fit, the source is damaged, or the storage fails.
-pub fn grow_checkpoint(
-    storage: &Storage,
-    source: &CheckpointManifest,
-    expected: Option<&ModelConfig>,
-    stage: &StagePlan,
-    growth: &GrowthPlan,
-    held_out: Option<&Dataset>,
-    reporter: &mut Reporter,
-) -> Result<GrownCheckpoint> {
-    let target = GrowthTarget::Stage(CheckpointLocation {
-        storage: storage.clone(),
-        job: stage.job.clone(),
-        stage: stage.stage.clone(),
-        attempt: checkpoint::next_attempt(storage, &stage.job, &stage.stage)?,
-    });
-    reporter.begin("growth", Unit::Bytes, 0, 0);
-    let detail = format!("{:?} to {} layers", growth.operator, stage.model.num_hidden_layers);
-    let folder = checkpoint::checkpoint_folder(storage, source);
-    let measure = Measure { held_out, ..Measure::default() };
-    let mut progress = |done, total| reporter.advance(done, total, detail.clone());
-    let grown = growth::grow_and_measure(&folder, expected, growth, &target, &[], &measure, &mut progress)?;
-    reporter.finish();
-    Ok(grown)
 }
 
 /// What the storage knows of every stage of a job.

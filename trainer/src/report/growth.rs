@@ -145,6 +145,7 @@ mod tests {
         let record = GrowthRecord {
             operator: GrowthOperator::DirectWidth,
             layers: vec![0, 0, 1, 1],
+            new_layers: 0,
             connection_rate: ConnectionRate { kept: 1, pairs: 3 },
             source_parameters: 30_000,
             target_parameters: 90_000,
@@ -152,6 +153,7 @@ mod tests {
             expected: GrowthEffect::Preserving,
             reason: "new layers add nothing at first".to_owned(),
             measured: Some(measured),
+            learned: None,
             new_tensors: Vec::new(),
             widened_tensors: Vec::new(),
             zero_tensors: Vec::new(),

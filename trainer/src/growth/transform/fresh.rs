@@ -1,7 +1,7 @@
 //! What RandomDepth and RandomWidth add: the first weights that the target would have had, had it been trained from
 //! scratch. They need no zeros, because the masks of the growth keep them out of the function at first.
 
-use super::{Buffers, PIECE_BYTES, Part, Recipe, Transform, Vector, write_zeros};
+use super::{Buffers, PIECE_BYTES, Part, Recipe, Transform, Vector, add_noise, write_zeros};
 use crate::checkpoint::TensorSpec;
 use crate::growth::Result;
 use crate::model::initializer::standard_deviation;
@@ -41,7 +41,7 @@ impl Transform<'_> {
                     true => out.fill(1.0),
                     false => random::normal_from(new.seed, name, std, first, out),
                 }
-                self.add_noise(name, part, first, out);
+                add_noise(self.plan, self.target, name, first, out);
             });
             sink(&buffers.output)?;
         }
