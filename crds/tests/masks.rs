@@ -67,7 +67,8 @@ fn new_channels_lie_beside_the_old_ones() {
     assert_eq!(stage.model.rms_norm_eps, rms_norm_eps);
     assert_eq!(growth(&stage).effect(2), (GrowthEffect::Preserving, "new channels are masked at first"));
     // Other growths of the depth go with it, as with any width.
-    let deeper = json!({"operator": "RandomWidth", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}});
+    let deeper =
+        json!({"operator": "RandomWidth", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}});
     let deeper = self::stage(&[("/spec/stages/1/growth", deeper)]).unwrap();
     assert_eq!(growth(&deeper).effect(2).0, GrowthEffect::Preserving);
     assert_eq!(growth(&deeper).layers, [0, 0, 1, 1]);
@@ -144,7 +145,8 @@ proptest! {
 
 #[test]
 fn every_mistake_says_what_to_do() {
-    let random_depth = |options: Value| json!({"operator": "RandomDepth", "factor": 2, "randomDepth": options});
+    let random_depth =
+        |options: Value| json!({"operator": "RandomDepth", "factor": 2, "randomDepth": options});
     let cases: Vec<(Vec<Edit>, &str)> = vec![
         (
             vec![("/spec/stages/1/growth", random_depth(json!({"rampTokens": "100M"})))],
@@ -162,10 +164,7 @@ fn every_mistake_says_what_to_do() {
             "spec.stages[1].growth.randomDepth.rampTokens: 0 tokens are less than one step; use at least 4096",
         ),
         (
-            vec![
-                ("/spec/stages/1/growth", random_depth(json!({}))),
-                ("/spec/stages/1/tokens", json!(4096)),
-            ],
+            vec![("/spec/stages/1/growth", random_depth(json!({}))), ("/spec/stages/1/tokens", json!(4096))],
             "spec.stages[1].tokens: 4096 tokens are a single step, which leaves no room for the ramp of RandomDepth",
         ),
         (

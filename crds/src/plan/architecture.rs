@@ -119,8 +119,7 @@ pub(super) fn check_grown_model(
             }
         } else if let Some((_, operators)) = of_random_weights.iter().find(|(field, _)| *field == name) {
             if !operators.contains(&operator) {
-                let message =
-                    format!("in a stage that grows it belongs to one of {operators:?}; remove it");
+                let message = format!("in a stage that grows it belongs to one of {operators:?}; remove it");
                 findings.error(place, message);
             }
         } else {

@@ -46,9 +46,7 @@ impl GrowthPlan {
         let mut masks = GrowthMasks::OPEN;
         let progress = (tokens as f64 / ramp_tokens.max(1) as f64).min(1.0);
         let width = self.width.as_ref().filter(|width| matches!(width.rule, WidthRule::Random { .. }));
-        let grows = |map: fn(&super::WidthPlan) -> &WidthMap| {
-            width.is_some_and(|width| map(width).has_new())
-        };
+        let grows = |map: fn(&super::WidthPlan) -> &WidthMap| width.is_some_and(|width| map(width).has_new());
         let turns = [
             (grows(|width| &width.intermediate), &mut masks.intermediate),
             (grows(|width| &width.hidden), &mut masks.hidden),

@@ -37,7 +37,8 @@ impl GrowthMaskRecord {
             ];
             maps.map(|map| map.target()) == sizes
         });
-        let layers = self.growth.layers.len() as u64 + u64::from(self.growth.new_layers.map_or(0, |new| new.count));
+        let layers =
+            self.growth.layers.len() as u64 + u64::from(self.growth.new_layers.map_or(0, |new| new.count));
         masks && widths && layers == u64::from(config.num_hidden_layers)
     }
 }

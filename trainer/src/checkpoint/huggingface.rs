@@ -1,8 +1,8 @@
 //! Reads any Hugging Face folder of a LLaMA: several files or one, F32, BF16 or F16, with or without a manifest.
 
 use super::config::{TokenIds, read_config};
-use super::mask::read_mask;
 use super::error::{CheckpointError, Result};
+use super::mask::read_mask;
 use super::objects::{Problem, state_digest};
 use super::reader::{Commit, commit_of};
 use super::tensor_file::TensorIndex;

@@ -31,10 +31,9 @@ pub(super) fn read_mask(
     if !is_there {
         return Ok(None);
     }
-    let wrong =
-        |problem: String| CheckpointError::Format { uri: folder.uri_of(GROWTH_MASK_FILE), problem };
-    let record: GrowthMaskRecord = serde_json::from_slice(&folder.get(GROWTH_MASK_FILE)?)
-        .map_err(|error| wrong(error.to_string()))?;
+    let wrong = |problem: String| CheckpointError::Format { uri: folder.uri_of(GROWTH_MASK_FILE), problem };
+    let record: GrowthMaskRecord =
+        serde_json::from_slice(&folder.get(GROWTH_MASK_FILE)?).map_err(|error| wrong(error.to_string()))?;
     if !record.fits(config) {
         return Err(wrong("it is about another model than config.json".to_owned()));
     }

@@ -181,9 +181,9 @@ fn describe(stage: &StagePlan) -> String {
         StageStart::Checkpoint { uri } => format!("weights of {uri}"),
         StageStart::Growth(growth) => describe_growth(growth),
     };
-    let ramp = stage.mask_ramp_tokens.map_or(String::new(), |tokens| {
-        format!("\n  masks         rise over the first {tokens} tokens")
-    });
+    let ramp = stage
+        .mask_ramp_tokens
+        .map_or(String::new(), |tokens| format!("\n  masks         rise over the first {tokens} tokens"));
     let (model, training, memory) = (&stage.model, &stage.training, &stage.memory);
     format!(
         "{}\n  starts from   {start}\n  model         hidden {}, {} heads ({} kv) of {}, intermediate {}, vocabulary \

@@ -11,8 +11,8 @@ pub use measure::{DEFAULT_MEASURED_TOKENS, Measure};
 use crate::checkpoint::DEFAULT_SHARD_BYTES;
 use crate::checkpoint::{
     CheckpointError, CheckpointLocation, Commit, Commitment, ExtraFile, HuggingFaceFolder, Problem, ShardSet,
-    TensorIndex, commit_of, digest_bytes, list, mask_file, model_specs, moment_specs, put_object, put_small_objects,
-    put_trainer_state, read_trainer_state, refuse_if_committed, stage_folder, verify,
+    TensorIndex, commit_of, digest_bytes, list, mask_file, model_specs, moment_specs, put_object,
+    put_small_objects, put_trainer_state, read_trainer_state, refuse_if_committed, stage_folder, verify,
 };
 use crate::model::layout::ParameterLayout;
 use crate::model::mask::WeightMasks;
