@@ -103,6 +103,8 @@ fn the_papers_runs_have_the_papers_figures() {
         ("paper/1b-zero-depth.yaml", 6, 24, 1_233, 97.5e9),
         ("paper/1b-direct-width.yaml", 24, 24, 1_233, 97.5e9),
         ("paper/1b-zero-width.yaml", 24, 24, 1_233, 97.5e9),
+        ("paper/1b-random-depth.yaml", 6, 24, 1_233, 97.5e9),
+        ("paper/1b-random-width.yaml", 24, 24, 1_233, 97.5e9),
     ];
     for (name, base_layers, layers, parameters, tokens) in table {
         let plan = plan(name);

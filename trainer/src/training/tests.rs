@@ -5,8 +5,12 @@ use super::step::{StepEngine, StepReport, StepSettings, StepSizes, TrainingState
 use crate::collective::testing::together;
 use crate::collective::{Alone, Collective};
 use crate::model::initializer::initialize;
-use growth_crds::plan::ModelConfig;
+use crate::model::mask::WeightMasks;
 use growth_crds::plan::ranks::possible_sizes;
+use growth_crds::plan::{
+    GrowthOperator, GrowthPlan, Initializer, ModelConfig, NewLayersPlan, OptimizerStatePolicy, WidthMap,
+    WidthPlan, WidthRule,
+};
 use growth_crds::spec::training::AdamWSpec;
 use proptest::prelude::*;
 
@@ -35,6 +39,17 @@ struct Trained {
 }
 
 fn train(collective: &mut dyn Collective, config: &ModelConfig, sizes: StepSizes, steps: u32) -> Trained {
+    train_masked(collective, config, sizes, steps, None)
+}
+
+/// As if `growth` had made the model, in the ramp of its masks.
+fn train_masked(
+    collective: &mut dyn Collective,
+    config: &ModelConfig,
+    sizes: StepSizes,
+    steps: u32,
+    growth: Option<&GrowthPlan>,
+) -> Trained {
     let mut engine = StepEngine::new(config.clone(), sizes, collective.rank(), collective.world_size());
     let moments = vec![0.0; engine.shards().own_len()];
     let parameters = initialize(config, growth_crds::plan::Initializer::HuggingFace, 3);
@@ -51,6 +66,11 @@ fn train(collective: &mut dyn Collective, config: &ModelConfig, sizes: StepSizes
     let reports = (0..steps).map(|step| {
         let ids: Vec<u32> = own.clone().map(|i| token(step, i)).collect();
         let targets: Vec<u32> = own.clone().map(|i| token(step, i + 1)).collect();
+        let masks = growth.map(|growth| growth.masks(u64::from(step) + 1, 7));
+        let masks = growth
+            .zip(masks)
+            .map(|(growth, masks)| WeightMasks::new(engine.model().layout(), config, growth, &masks));
+        engine.set_masks(masks);
         engine.step(collective, &mut state, &ids, &targets, settings).unwrap()
     });
     let reports = reports.collect();
@@ -109,6 +129,62 @@ proptest! {
     }
 }
 
+/// The growth that could have made the model of half of everything.
+fn random_growth(config: &ModelConfig) -> GrowthPlan {
+    let half = |size: u32| WidthMap::pad(size.div_ceil(2), size);
+    let (initializer, seed) = (Initializer::HuggingFace, 3);
+    let old = config.num_hidden_layers.div_ceil(2);
+    let count = config.num_hidden_layers - old;
+    GrowthPlan {
+        from_stage: "small".to_owned(),
+        operator: GrowthOperator::RandomWidth,
+        layers: (0..old).collect(),
+        new_layers: (count > 0).then_some(NewLayersPlan { count, initializer, seed }),
+        zero_output: Vec::new(),
+        width: Some(Box::new(WidthPlan {
+            hidden: half(config.hidden_size),
+            heads: half(config.num_attention_heads),
+            key_value_heads: half(config.num_key_value_heads),
+            intermediate: half(config.intermediate_size),
+            rule: WidthRule::Random { initializer, seed, rms_norm_eps: config.rms_norm_eps },
+        })),
+        noise: None,
+        optimizer_state: OptimizerStatePolicy::Reset,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(8))]
+    #[test]
+    fn any_number_of_ranks_computes_the_same_bits_with_masks(
+        hidden in 8u32..70, layers in 1u32..4, tied: bool, micro_batches in 2usize..9,
+    ) {
+        let config = ModelConfig {
+            hidden_size: hidden,
+            intermediate_size: 2 * hidden + 1,
+            num_hidden_layers: layers,
+            tie_word_embeddings: tied,
+            ..small()
+        };
+        let growth = random_growth(&config);
+        let sizes = StepSizes { sequence: 12, micro_batch_tokens: 12, global_batch_tokens: 12 * micro_batches };
+        // Eight steps: the masks of all kinds rise, and the last step has none.
+        let run = |collective: &mut dyn Collective| train_masked(collective, &config, sizes, 8, Some(&growth));
+        let alone = [run(&mut Alone)];
+        prop_assert!(alone[0].state.parameters != train(&mut Alone, &config, sizes, 8).state.parameters);
+        for world_size in possible_sizes(micro_batches as u64, 2..5, true) {
+            let ranks = together(world_size as usize, run);
+            for rank in &ranks {
+                prop_assert_eq!(bits(&rank.state.parameters), bits(&alone[0].state.parameters), "{} ranks", world_size);
+                prop_assert_eq!(&rank.reports, &alone[0].reports);
+                prop_assert_eq!(rank.validation, alone[0].validation);
+            }
+            prop_assert!(whole(&ranks, |state| &state.exp_avg) == whole(&alone, |state| &state.exp_avg));
+            prop_assert!(whole(&ranks, |state| &state.exp_avg_sq) == whole(&alone, |state| &state.exp_avg_sq));
+        }
+    }
+}
+
 #[test]
 fn other_numbers_of_ranks_come_close_and_repeat_themselves() {
     let config = small();
@@ -139,7 +215,7 @@ fn memory_of_a_rank_is_what_the_plan_says() {
     for world_size in [1, 2, 4, 8] {
         let predicted = config.memory(64, 8, world_size as u64);
         for rank in 0..world_size {
-            let engine = StepEngine::new(config.clone(), sizes, rank, world_size);
+            let mut engine = StepEngine::new(config.clone(), sizes, rank, world_size);
             let moments = 2 * size_of::<f32>() * engine.shards().own_len();
             let found = engine.bytes() + moments as u64;
             let expected =
@@ -150,6 +226,13 @@ fn memory_of_a_rank_is_what_the_plan_says() {
             );
             // Slices end at whole units.
             assert!((0.98..1.02).contains(&ratio), "rank {rank} of {world_size}: {ratio}");
+            let plain = engine.bytes();
+            let (growth, layout) = (random_growth(&config), engine.model().layout().clone());
+            engine.set_masks(Some(WeightMasks::new(&layout, &config, &growth, &growth.masks(1, 2))));
+            let masked = predicted.with_masks();
+            let ratio = (engine.bytes() - plain) as f64 / masked.masked_weights_bytes as f64;
+            assert!((1.0..1.02).contains(&ratio), "rank {rank} of {world_size}, masks: {ratio}");
+            assert_eq!(masked.total_bytes, predicted.total_bytes + masked.masked_weights_bytes);
         }
     }
 }

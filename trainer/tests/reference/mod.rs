@@ -2,6 +2,8 @@
 //! of the trainer's operations; it shares with them only the names of the tensors.
 
 pub mod autograd;
+#[allow(dead_code, reason = "for the operators with masks")]
+pub mod masked;
 
 use growth_crds::plan::ModelConfig;
 use growth_trainer::model::layout::ParameterLayout;
