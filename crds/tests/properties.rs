@@ -47,7 +47,16 @@ prop_compose! {
 }
 
 fn any_operator() -> impl Strategy<Value = &'static str> {
-    prop::sample::select(vec!["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth"])
+    prop::sample::select(vec![
+        "Stack",
+        "Interleave",
+        "LayerMap",
+        "ZeroDepth",
+        "DirectWidth",
+        "ZeroWidth",
+        "LearnDepth",
+        "LearnWidth",
+    ])
 }
 
 fn preset() -> impl Strategy<Value = &'static str> {
@@ -196,6 +205,13 @@ fn check_plan(plan: &JobPlan) -> Result<(), TestCaseError> {
             if let Some(width) = &growth.width {
                 prop_assert_eq!(width.check(&source.model), Ok(()));
             }
+            if let Some(learn) = &growth.learn {
+                prop_assert!(growth.width.is_none() && (learn.depth || learn.width.is_some()));
+                prop_assert_eq!(learn.batch_tokens, stage.training.global_batch_tokens);
+                if let Some(width) = &learn.width {
+                    prop_assert_eq!(width.check(&source.model), Ok(()));
+                }
+            }
         }
     }
     Ok(())
@@ -243,7 +259,7 @@ proptest! {
     #[test]
     fn any_larger_widths_resolve(
         keys in 1u32..5, group in 1u32..5, more_keys in 0u32..5, target_group in 1u32..9, more in 0u32..40,
-        direct in any::<bool>(),
+        operator in prop::sample::select(vec!["DirectWidth", "ZeroWidth", "LearnWidth"]),
     ) {
         let (heads, target_keys) = (keys * group, keys + more_keys);
         let target_heads = target_keys * target_group;
@@ -252,8 +268,7 @@ proptest! {
             "hiddenSize": 64, "intermediateSize": 30, "numAttentionHeads": heads, "numKeyValueHeads": keys,
             "headDim": 8,
         });
-        object["spec"]["stages"][1]["growth"] =
-            json!({"operator": if direct { "DirectWidth" } else { "ZeroWidth" }});
+        object["spec"]["stages"][1]["growth"] = json!({"operator": operator});
         object["spec"]["stages"][1]["model"] = json!({
             "hiddenSize": 64 + more, "intermediateSize": 31 + more, "numAttentionHeads": target_heads,
             "numKeyValueHeads": target_keys,

@@ -282,11 +282,8 @@ mod tests {
     #[test]
     fn a_query_head_carries_the_place_that_its_source_had() {
         let source = ModelConfig { num_attention_heads: 4, num_key_value_heads: 2, ..paper_1b(2) };
-        let same = width(
-            &source,
-            &[Some(0), Some(1), Some(2), Some(3), None, None],
-            &[Some(0), Some(1), None],
-        );
+        let same =
+            width(&source, &[Some(0), Some(1), Some(2), Some(3), None, None], &[Some(0), Some(1), None]);
         assert_eq!(same.check(&source), Ok(()));
         let places = |width: &LearnedWidth| -> Vec<i64> {
             width.slots(&source).into_iter().map(|slot| slot.map_or(-1, i64::from)).collect()
@@ -297,11 +294,8 @@ mod tests {
         assert_eq!(larger.check(&source), Ok(()));
         assert_eq!(places(&larger), [0, 1, -1, 0, 1, -1]);
         // A key for each query.
-        let split = width(
-            &source,
-            &[Some(0), Some(1), Some(2), Some(3)],
-            &[Some(0), Some(0), Some(1), Some(1)],
-        );
+        let split =
+            width(&source, &[Some(0), Some(1), Some(2), Some(3)], &[Some(0), Some(0), Some(1), Some(1)]);
         assert_eq!(split.check(&source), Ok(()));
         assert_eq!(places(&split), [0, 1, 0, 1]);
     }

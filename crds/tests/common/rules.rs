@@ -121,7 +121,7 @@ pub fn creation_cases() -> Vec<Case> {
             ],
         ),
         case(
-            "Stack, Interleave and ZeroDepth need to know how deep",
+            "Stack, Interleave, ZeroDepth and LearnDepth need to know how deep",
             vec![
                 ("/spec/stages/1/growth/factor", Value::Null),
                 ("/spec/stages/1/model", json!({"numHiddenLayers": 8})),
@@ -140,7 +140,7 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "DirectWidth and ZeroWidth need to know how wide",
+            "DirectWidth, ZeroWidth and LearnWidth need to know how wide",
             vec![
                 ("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
                 ("/spec/stages/1/model", json!({"intermediateSize": 200})),
@@ -148,7 +148,7 @@ pub fn creation_cases() -> Vec<Case> {
             replace("/spec/stages/1/growth", json!({"operator": "ZeroWidth"})),
         ),
         case(
-            "DirectWidth and ZeroWidth keep the depth",
+            "DirectWidth, ZeroWidth and LearnWidth keep the depth",
             vec![
                 (
                     "/spec/stages/1/growth",
@@ -227,7 +227,7 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "depth belongs to DirectWidth and ZeroWidth",
+            "depth belongs to DirectWidth, ZeroWidth and LearnWidth",
             replace(
                 "/spec/stages/1/growth",
                 json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "ZeroDepth", "factor": 2}}),
@@ -238,7 +238,37 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "depth.operator is one of Stack, Interleave, LayerMap and ZeroDepth",
+            "depth.operator LearnDepth is learned together with LearnWidth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "depth": {"operator": "LearnDepth", "factor": 2}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "DirectWidth", "factor": 2, "depth": {"operator": "LearnDepth", "factor": 2}}),
+            ),
+        ),
+        case(
+            "learn belongs to LearnDepth and LearnWidth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnDepth", "factor": 2, "learn": {"steps": 0, "learningRate": 1e-3}}),
+            ),
+            replace("/spec/stages/1/growth", json!({"operator": "Stack", "factor": 2, "learn": {}})),
+        ),
+        case(
+            "LearnDepth and LearnWidth mix weights",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "optimizerState": "Reset"}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "optimizerState": "Keep"}),
+            ),
+        ),
+        case(
+            "depth.operator is one of Stack, Interleave, LayerMap, ZeroDepth and LearnDepth",
             replace(
                 "/spec/stages/1/growth",
                 json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "Interleave", "factor": 2}}),

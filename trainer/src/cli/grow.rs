@@ -4,10 +4,12 @@ use super::{End, Options, eval::absolute, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::growth::GrowthEffect;
 use growth_crds::plan::{
-    CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, JobPlan, LayerOrder, OptimizerStatePolicy, StageStart,
-    WidthSplit, resolve_checkpoint_growth,
+    CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, JobPlan, LayerOrder, OptimizerStatePolicy,
+    StageStart, WidthSplit, resolve_checkpoint_growth,
 };
-use growth_crds::protocol::{GrowthMeasurement, GrowthRecord, LearnRecord, GrowthSample, Outcome, checkpoint_status};
+use growth_crds::protocol::{
+    GrowthMeasurement, GrowthRecord, GrowthSample, LearnRecord, Outcome, checkpoint_status,
+};
 use growth_crds::spec::data::DataSource;
 use growth_crds::spec::model::ModelSpec;
 use growth_crds::spec::stage::{

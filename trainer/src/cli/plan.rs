@@ -157,12 +157,12 @@ fn describe_growth(growth: &GrowthPlan) -> String {
         text += &format!(", with outputs of zero in {:?}", growth.zero_output);
     }
     let learned = growth.learn.as_ref().and_then(|learn| learn.width.as_ref());
-    let widths = growth.width.as_ref().map(|width| {
-        (&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate)
-    });
-    let learned = learned.map(|width| {
-        (&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate)
-    });
+    let widths = growth
+        .width
+        .as_ref()
+        .map(|width| (&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate));
+    let learned =
+        learned.map(|width| (&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate));
     if let Some((hidden, heads, key_value_heads, intermediate)) = widths.or(learned) {
         let change = |map: &WidthMap| format!("{} -> {}", map.source, map.target());
         text += &format!(

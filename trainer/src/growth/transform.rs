@@ -257,7 +257,6 @@ impl<'a> Transform<'a> {
             _ => 0.0,
         }
     }
-
 }
 
 /// Standard deviation of the noise of the paper's ablation.
@@ -267,13 +266,7 @@ fn noise_std(target: &ModelConfig, part: Part) -> f64 {
 }
 
 /// W = (1 - share) W + share E, on the elements of the tensor `name` from `first` on.
-pub(super) fn add_noise(
-    plan: &GrowthPlan,
-    target: &ModelConfig,
-    name: &str,
-    first: usize,
-    out: &mut [f32],
-) {
+pub(super) fn add_noise(plan: &GrowthPlan, target: &ModelConfig, name: &str, first: usize, out: &mut [f32]) {
     let (Some(noise), part) = (plan.noise, Part::of(name)) else { return };
     if part.is_norm() {
         return;

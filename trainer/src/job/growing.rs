@@ -3,7 +3,7 @@
 use super::Result;
 use crate::checkpoint::{self, CheckpointLocation};
 use crate::data::Dataset;
-use crate::growth::{self, GrowthData, GrowthTarget, GrownCheckpoint, LearnProgress, Learning, Measure};
+use crate::growth::{self, GrownCheckpoint, GrowthData, GrowthTarget, LearnProgress, Learning, Measure};
 use crate::progress::{Reporter, Unit};
 use crate::storage::Storage;
 use growth_crds::plan::{GrowthPlan, ModelConfig, StagePlan};

@@ -368,12 +368,7 @@ impl Width {
         }
     }
 
-    fn gradient<'a>(
-        &self,
-        axis: Axis,
-        d_matrices: &'a mut [f32],
-        d_context: &'a mut [f32],
-    ) -> MatrixMut<'a> {
+    fn gradient<'a>(&self, axis: Axis, d_matrices: &'a mut [f32], d_context: &'a mut [f32]) -> MatrixMut<'a> {
         match axis.learned() {
             Some(index) => {
                 let matrix = &self.matrices[index];

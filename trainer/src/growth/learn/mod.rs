@@ -34,7 +34,9 @@ pub enum LearnError {
         operator: String,
     },
     /// The text does not fill a sequence.
-    #[error("the text to learn on has {tokens} tokens, fewer than one sequence and its target, {needed}; give more text")]
+    #[error(
+        "the text to learn on has {tokens} tokens, fewer than one sequence and its target, {needed}; give more text"
+    )]
     ShortText {
         /// Tokens of the text.
         tokens: usize,
@@ -42,7 +44,9 @@ pub enum LearnError {
         needed: usize,
     },
     /// The tokenizer has more tokens than the model has rows.
-    #[error("the text has tokens up to {tokenizer}, but the model only {model}; use the tokenizer of the model")]
+    #[error(
+        "the text has tokens up to {tokenizer}, but the model only {model}; use the tokenizer of the model"
+    )]
     Vocabulary {
         /// Tokens of the tokenizer.
         tokenizer: u32,
@@ -159,11 +163,7 @@ pub(super) struct Learned {
 
 impl Learned {
     pub(super) fn record(&self, plan: &LearnPlan) -> LearnRecord {
-        LearnRecord {
-            steps: plan.steps,
-            tokens: plan.steps * plan.batch_tokens,
-            losses: self.losses.clone(),
-        }
+        LearnRecord { steps: plan.steps, tokens: plan.steps * plan.batch_tokens, losses: self.losses.clone() }
     }
 }
 
@@ -241,7 +241,11 @@ impl Growth<'_> {
     }
 
     /// Writes the matrices beside the weights: a record, not part of the state.
-    pub(super) fn write_matrices(&self, folder: &Storage, learned: &Learned) -> super::Result<CheckpointObject> {
+    pub(super) fn write_matrices(
+        &self,
+        folder: &Storage,
+        learned: &Learned,
+    ) -> super::Result<CheckpointObject> {
         let unreadable = |error: safetensors::SafeTensorError| LearnError::Progress {
             uri: folder.uri_of(LEARNED_MATRICES_FILE),
             reason: error.to_string(),

@@ -32,11 +32,8 @@ impl ProgressFolder {
 
     /// Writes where learning stands, and deletes what is older than the object before.
     pub(super) fn store(&self, state: &LearnState) -> Result<()> {
-        let header = Header {
-            identity: self.identity.clone(),
-            step: state.step,
-            losses: state.losses.clone(),
-        };
+        let header =
+            Header { identity: self.identity.clone(), step: state.step, losses: state.losses.clone() };
         let header = serde_json::to_string(&header).map_err(|error| self.unreadable(error.to_string()))?;
         let bytes = serialize(state, header).map_err(|error| self.unreadable(error.to_string()))?;
         let name = object_name(state.step, &bytes);
