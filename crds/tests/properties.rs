@@ -56,6 +56,8 @@ fn any_operator() -> impl Strategy<Value = &'static str> {
         "ZeroWidth",
         "RandomDepth",
         "RandomWidth",
+        "LearnDepth",
+        "LearnWidth",
     ])
 }
 
@@ -213,6 +215,13 @@ fn check_plan(plan: &JobPlan) -> Result<(), TestCaseError> {
             if let Some(width) = &growth.width {
                 prop_assert_eq!(width.check(&source.model), Ok(()));
             }
+            if let Some(learn) = &growth.learn {
+                prop_assert!(growth.width.is_none() && (learn.depth || learn.width.is_some()));
+                prop_assert_eq!(learn.batch_tokens, stage.training.global_batch_tokens);
+                if let Some(width) = &learn.width {
+                    prop_assert_eq!(width.check(&source.model), Ok(()));
+                }
+            }
         }
     }
     Ok(())
@@ -260,7 +269,7 @@ proptest! {
     #[test]
     fn any_larger_widths_resolve(
         keys in 1u32..5, group in 1u32..5, more_keys in 0u32..5, target_group in 1u32..9, more in 0u32..40,
-        operator in prop::sample::select(vec!["DirectWidth", "ZeroWidth", "RandomWidth"]),
+        operator in prop::sample::select(vec!["DirectWidth", "ZeroWidth", "RandomWidth", "LearnWidth"]),
     ) {
         let (heads, target_keys) = (keys * group, keys + more_keys);
         let target_heads = target_keys * target_group;
@@ -269,8 +278,7 @@ proptest! {
             "hiddenSize": 64, "intermediateSize": 30, "numAttentionHeads": heads, "numKeyValueHeads": keys,
             "headDim": 8,
         });
-        object["spec"]["stages"][1]["growth"] =
-            json!({"operator": operator});
+        object["spec"]["stages"][1]["growth"] = json!({"operator": operator});
         object["spec"]["stages"][1]["model"] = json!({
             "hiddenSize": 64 + more, "intermediateSize": 31 + more, "numAttentionHeads": target_heads,
             "numKeyValueHeads": target_keys,

@@ -343,6 +343,45 @@ fn width_and_depth_grow_together() {
 }
 
 #[test]
+fn learned_operators_learn_as_their_stage_trains() {
+    let (plan, model) = growth(&[
+        ("/spec/stages/1/growth", json!({"operator": "LearnDepth"})),
+        ("/spec/stages/1/model", json!({"numHiddenLayers": 5})),
+        (
+            "/spec/stages/1/training",
+            json!({"gradientClip": 2.0, "optimizer": {"adamW": {"learningRate": 0.01}}}),
+        ),
+    ]);
+    assert_eq!((plan.layers.as_slice(), model.num_hidden_layers), ([0, 1, 0, 1, 0].as_slice(), 5));
+    assert_eq!(plan.effect(2).0, GrowthEffect::Spike);
+    let learn = plan.learn.unwrap();
+    assert!(learn.depth && learn.width.is_none() && plan.width.is_none());
+    assert_eq!((learn.steps, learn.adam_w.learning_rate, learn.gradient_clip), (100, 0.01, 2.0));
+    assert_eq!((learn.sequence_length, learn.batch_tokens, learn.micro_batches()), (256, 4096, 1));
+
+    let (plan, model) = growth(&[(
+        "/spec/stages/1/growth",
+        json!({
+            "operator": "LearnWidth", "factor": 2, "learn": {"steps": 7, "learningRate": 0.5},
+            "depth": {"operator": "ZeroDepth", "factor": 2},
+        }),
+    )]);
+    assert_eq!((model.hidden_size, model.num_hidden_layers, model.rms_norm_eps), (128, 4, 1e-5));
+    assert_eq!(plan.zero_output, [1, 3]);
+    let learn = plan.learn.unwrap();
+    assert_eq!((learn.depth, learn.steps, learn.adam_w.learning_rate), (false, 7, 0.5));
+    assert_eq!(learn.width.unwrap().hidden, WidthMap::pad(64, 128));
+}
+
+#[test]
+fn learning_says_what_it_costs() {
+    let edits = [("/spec/stages/1/growth", json!({"operator": "LearnDepth", "factor": 4}))];
+    let [note] = &plan(&edits).unwrap().notes[..] else { panic!() };
+    assert!(note.starts_with("spec.stages[1]: LearnDepth learns for 100 steps of 4096 tokens"), "{note}");
+    assert!(note.contains("about 0.0 GB") || note.contains("about 0.1 GB"), "{note}");
+}
+
+#[test]
 fn an_uneven_width_is_noted() {
     let plan = plan(&[
         ("/spec/stages/1/growth", json!({"operator": "DirectWidth", "noise": 0.3})),
@@ -633,6 +672,60 @@ fn every_mistake_says_what_to_do() {
         (
             vec![("/spec/stages/1/growth", json!({"operator": "DirectWidth", "factor": 1}))],
             "spec.stages[1].growth.factor: a factor below 2",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LearnDepth"}))],
+            "spec.stages[1].growth.factor: LearnDepth needs to know how deep",
+        ),
+        (
+            vec![
+                ("/spec/stages/1/growth", json!({"operator": "LearnDepth"})),
+                ("/spec/stages/1/model", json!({"numHiddenLayers": 2})),
+            ],
+            "spec.stages[1].model.numHiddenLayers: LearnDepth makes more than the 2 layers of the source, and at most 1024, but this says 2",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "LearnWidth"}))],
+            "spec.stages[1].growth: nothing becomes wider",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnDepth", "factor": 2, "optimizerState": "Keep"}),
+            )],
+            "spec.stages[1].growth.optimizerState: LearnDepth mixes weights, and moments of a mixture are not defined",
+        ),
+        (
+            vec![("/spec/stages/1/growth", json!({"operator": "ZeroWidth", "factor": 2, "learn": {}}))],
+            "spec.stages[1].growth.learn: learn belongs to operator LearnDepth or LearnWidth",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnDepth", "factor": 2, "learn": {"steps": 10001}}),
+            )],
+            "spec.stages[1].growth.learn.steps: 10001 steps are more than 10000",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnDepth", "factor": 2, "learn": {"learningRate": -1.0}}),
+            )],
+            "spec.stages[1].growth.learn.learningRate: -1 is no learning rate",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "LearnDepth", "factor": 2}}),
+            )],
+            "spec.stages[1].growth.depth.operator: LearnDepth is learned together with the width",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "depth": {"operator": "LearnWidth", "factor": 2}}),
+            )],
+            "spec.stages[1].growth.depth.operator: LearnWidth does not grow the depth",
         ),
         (
             vec![("/spec/stages/1/growth", json!({"operator": "DirectWidth"}))],

@@ -271,7 +271,37 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
-            "depth.operator is one of Stack, Interleave, LayerMap and ZeroDepth",
+            "depth.operator LearnDepth is learned together with LearnWidth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "depth": {"operator": "LearnDepth", "factor": 2}}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "DirectWidth", "factor": 2, "depth": {"operator": "LearnDepth", "factor": 2}}),
+            ),
+        ),
+        case(
+            "learn belongs to LearnDepth and LearnWidth",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnDepth", "factor": 2, "learn": {"steps": 0, "learningRate": 1e-3}}),
+            ),
+            replace("/spec/stages/1/growth", json!({"operator": "Stack", "factor": 2, "learn": {}})),
+        ),
+        case(
+            "LearnDepth and LearnWidth mix weights",
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "optimizerState": "Reset"}),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "optimizerState": "Keep"}),
+            ),
+        ),
+        case(
+            "depth.operator is one of Stack, Interleave, LayerMap, ZeroDepth and LearnDepth",
             replace(
                 "/spec/stages/1/growth",
                 json!({"operator": "ZeroWidth", "factor": 2, "depth": {"operator": "Interleave", "factor": 2}}),
