@@ -25,7 +25,7 @@ training:
   optimizer: {adamW: {learningRate: 3.0e-3}}
   schedule: {cosine: {warmupTokens: 1024}}
 evaluation: {everyTokens: 2048, tokens: 1024}
-checkpoint: {keepLast: 1}
+checkpoint: {keepLast: 2}
 scratchTokens: 12288
 seeds: [1, 2]
 recipes:
@@ -65,13 +65,12 @@ fn manifests(folder: &Folder) -> BTreeMap<String, Value> {
     found
 }
 
-/// State digest of the only checkpoint of a stage.
+/// State digest of the last checkpoint of a stage.
 fn digest(folder: &Folder, job: &str, stage: &str) -> String {
     let prefix = format!("{job}/checkpoints/{stage}/");
-    let found: Vec<Value> =
-        manifests(folder).into_iter().filter(|(name, _)| name.starts_with(&prefix)).map(|(_, m)| m).collect();
-    assert_eq!(found.len(), 1, "{prefix}");
-    found[0]["digest"].as_str().unwrap().to_owned()
+    let found = manifests(folder).into_iter().filter(|(name, _)| name.starts_with(&prefix)).next_back();
+    let (_, manifest) = found.expect("the stage has a checkpoint");
+    manifest["digest"].as_str().unwrap().to_owned()
 }
 
 fn base_jobs(folder: &Folder) -> Vec<String> {
@@ -149,9 +148,9 @@ fn a_run_ends_in_the_bits_of_the_job_that_trains_its_own_base() {
     assert!(job.contains("./runs"), "{job}");
     std::fs::write(folder.path("jobs/elsewhere.yaml"), job.replace("./runs", "./elsewhere")).unwrap();
     folder.run_ok(&["run", "jobs/elsewhere.yaml"]);
-    let elsewhere = folder.path("elsewhere/tiny-stack-s2/checkpoints/grown");
-    let checkpoint = std::fs::read_dir(elsewhere).unwrap().next().unwrap().unwrap().path();
-    let expected = read_json(&checkpoint.join("manifest.json"));
+    let elsewhere = std::fs::read_dir(folder.path("elsewhere/tiny-stack-s2/checkpoints/grown")).unwrap();
+    let last = elsewhere.map(|checkpoint| checkpoint.unwrap().path()).max().unwrap();
+    let expected = read_json(&last.join("manifest.json"));
     assert_eq!(expected["digest"].as_str().unwrap(), digest(&folder, "tiny-stack-s2", "grown"));
     // What a job of the comparison says of itself is what it wrote as a manifest.
     folder.run_ok(&["run", "jobs/tiny-stack-s2.yaml"]);

@@ -13,6 +13,6 @@ pub use jobs::{Comparison, Recipe, Run, SCRATCH};
 pub use measures::{Estimate, flops_at, speedup};
 pub use plots::{bars_svg, curves_svg};
 pub use results::{ComparisonReport, RecipeReport, RunReport, StageCurve, report};
-pub use run::{Progress, run};
+pub use run::run;
 pub use spec::{BaseSpec, ComparisonSpec, GrowthStepSpec, LoadedSpec, RecipeSpec, ScratchSpec};
 pub use table::{budget_table, markdown, result_table};

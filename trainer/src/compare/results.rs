@@ -2,11 +2,12 @@
 
 use super::jobs::{Comparison, Recipe, Run};
 use super::measures::{Estimate, speedup};
-use super::run::growth_record;
+use crate::checkpoint;
 use crate::job::{self, Result};
 use crate::report::{CurvePoint, StageReport};
-use crate::storage::{Storage, StorageError};
-use growth_crds::protocol::GrowthRecord;
+use crate::storage::Storage;
+use growth_crds::plan::StagePlan;
+use growth_crds::protocol::{GROWTH_RECORD_FILE, GrowthRecord};
 use serde::Serialize;
 
 /// The paper's figure 3: our operators by its names, in its order.
@@ -69,7 +70,7 @@ pub struct RecipeReport {
     pub loss_before_growth: Option<Estimate>,
     /// Validation loss right after the last growth.
     pub loss_after_growth: Option<Estimate>,
-    /// Largest difference of two logits at the first growth, over all seeds.
+    /// Largest difference of two logits at the last growth, over all seeds.
     pub max_logit_difference: Option<f64>,
     /// One run a seed.
     pub runs: Vec<RunReport>,
@@ -95,7 +96,7 @@ pub struct RunReport {
     pub loss_before_growth: Option<f64>,
     /// Validation loss right after the last growth.
     pub loss_after_growth: Option<f64>,
-    /// Largest difference of two logits at the first growth.
+    /// Largest difference of two logits at the last growth.
     pub max_logit_difference: Option<f64>,
     /// Seconds spent in steps.
     pub training_seconds: f64,
@@ -160,7 +161,7 @@ fn run_report(run: &Run, storage: &Storage) -> Result<RunReport> {
     let last = stages.last();
     let finished = last.is_some_and(|stage| stage.tokens >= stage.target_tokens);
     let before = stages.len().checked_sub(2).and_then(|before| stages.get(before));
-    let growth = growth_of(storage, &plan.job)?;
+    let growth = plan.stages.last().map(|stage| growth_of(storage, stage)).transpose()?.flatten();
     let grown = |value: fn(&StageReport) -> Option<f64>, stage: Option<&StageReport>| {
         stage.filter(|_| stages.len() > 1).and_then(value)
     };
@@ -183,13 +184,17 @@ fn run_report(run: &Run, storage: &Storage) -> Result<RunReport> {
     })
 }
 
-fn growth_of(storage: &Storage, job: &str) -> Result<Option<GrowthRecord>> {
-    match storage.get(&growth_record(job)) {
-        // A record that cannot be read says nothing about the run.
-        Ok(bytes) => Ok(serde_json::from_slice(&bytes).ok()),
-        Err(StorageError::NotFound { .. }) => Ok(None),
-        Err(error) => Err(error.into()),
+/// The record of the growth step that a stage began with, in the newest checkpoint that has one.
+fn growth_of(storage: &Storage, stage: &StagePlan) -> Result<Option<GrowthRecord>> {
+    let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
+    for manifest in found.iter().rev().filter_map(|found| found.committed()) {
+        if manifest.objects.iter().any(|object| object.name == GROWTH_RECORD_FILE) {
+            let bytes = checkpoint::checkpoint_folder(storage, manifest).get(GROWTH_RECORD_FILE)?;
+            // A record that cannot be read says nothing about the run.
+            return Ok(serde_json::from_slice(&bytes).ok());
+        }
     }
+    Ok(None)
 }
 
 fn recipe_report(recipe: &Recipe, mut runs: Vec<RunReport>, scratch: Option<&RecipeReport>) -> RecipeReport {

@@ -8,26 +8,10 @@ use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, duration};
 use crate::storage::Storage;
 use crate::training::stage::TrainError;
-use growth_crds::plan::{JobPlan, StageStart};
+use growth_crds::plan::JobPlan;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Instant;
-
-/// Where a job keeps what its first growth step has measured: checkpoints come and go.
-pub(super) fn growth_record(job: &str) -> String {
-    format!("{job}/report/growth.json")
-}
-
-/// How far a comparison is, told before every job.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Progress {
-    /// The job that begins.
-    pub job: String,
-    /// Its number, from 1.
-    pub number: usize,
-    /// Jobs in all.
-    pub jobs: usize,
-}
 
 /// One job, and the one that trains its base.
 #[derive(Clone, Copy)]
@@ -141,7 +125,7 @@ impl Shared<'_> {
         Ok(end)
     }
 
-    /// Some jobs at a time share the compute threads; what they compute does not depend on it.
+    /// Some jobs at a time, each with its share of the compute threads; what they compute does not depend on it.
     fn side_by_side(
         &self,
         works: &[Work<'_>],
@@ -149,18 +133,22 @@ impl Shared<'_> {
         clock: &mut Clock,
         reporter: &mut Reporter,
     ) -> Result<JobEnd> {
+        let threads = (rayon::current_num_threads() / at_once).max(1);
         let next = AtomicUsize::new(0);
         let (sender, results) = mpsc::channel();
         std::thread::scope(|scope| {
             for _ in 0..at_once.min(works.len()) {
                 let (next, sender) = (&next, sender.clone());
+                // Without threads of their own the jobs share those of the program.
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().ok();
                 scope.spawn(move || {
                     while let Some(work) = works.get(next.fetch_add(1, Ordering::Relaxed)) {
                         if self.stop.load(Ordering::Relaxed) {
                             break;
                         }
                         let began = Instant::now();
-                        let end = self.run(work, &mut Reporter::quiet());
+                        let run = || self.run(work, &mut Reporter::quiet());
+                        let end = pool.as_ref().map_or_else(run, |pool| pool.install(run));
                         if end.is_err() {
                             // The others commit where they stand.
                             self.stop.store(true, Ordering::Relaxed);
@@ -206,7 +194,6 @@ impl Shared<'_> {
         self.pin_dataset(plan)?;
         if let Some(base) = work.base {
             self.adopt_base(&base.plan, plan, reporter)?;
-            self.grow(plan, reporter)?;
         }
         job::run(work.job, Some(1), self.stop, reporter)
     }
@@ -236,27 +223,6 @@ impl Shared<'_> {
         let (storage, job, stage) = (self.storage.clone(), to.job.clone(), to.stage.clone());
         let attempt = checkpoint::next_attempt(&storage, &job, &stage)?;
         checkpoint::adopt(&source, &CheckpointLocation { storage, job, stage, attempt })?;
-        Ok(())
-    }
-
-    /// Takes the first growth step of a job and keeps what it has measured.
-    fn grow(&self, plan: &JobPlan, reporter: &mut Reporter) -> Result<()> {
-        let record = growth_record(&plan.job);
-        let (storage, [base, grown, ..]) = (&self.storage, plan.stages.as_slice()) else { return Ok(()) };
-        let StageStart::Growth(growth) = &grown.start else { return Ok(()) };
-        let trained = checkpoint::list(storage, &grown.job, &grown.stage)?.iter().any(|found| found.step > 0);
-        if trained || storage.head(&record)?.is_some() {
-            return Ok(());
-        }
-        let Some(source) = job::finished(storage, base, reporter)? else { return Ok(()) };
-        let held_out = Some(&self.dataset);
-        let grown =
-            job::grow_checkpoint(storage, &source, Some(&base.model), grown, growth, held_out, reporter)?;
-        if let Some(found) = grown.record
-            && let Ok(text) = serde_json::to_vec_pretty(&found)
-        {
-            storage.put(&record, text)?;
-        }
         Ok(())
     }
 }
