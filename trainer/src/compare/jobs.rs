@@ -311,3 +311,113 @@ fn check_target(target: &ModelConfig, reached: &ModelConfig, recipe: usize) -> R
     }
     if problems.is_empty() { Ok(()) } else { Err(problems) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SPEC: &str = "\
+kind: GrowthComparison
+name: small
+model: {numHiddenLayers: 8, hiddenSize: 64, intermediateSize: 160, numAttentionHeads: 4}
+data:
+  train: [{uri: \"file://./text\"}]
+  holdOutPercent: 5
+  tokenizer: {train: {vocabSize: 512}}
+storage: {uri: \"file://./runs\"}
+training: {sequenceLength: 64, globalBatchTokens: 1024}
+scratchTokens: SCRATCH
+seeds: [1, 2]
+recipes:
+- name: depth
+  base: {model: {numHiddenLayers: 2}, tokens: BASE}
+  growth: {operator: Stack, factor: 4}
+- name: width
+  base: {model: {hiddenSize: 32, intermediateSize: 80, numAttentionHeads: 2}, tokens: BASE}
+  growth: {operator: DirectWidth, factor: 2}
+  training: {globalBatchTokens: 2048}
+- name: gradual
+  base: {model: {numHiddenLayers: 2}, tokens: BASE}
+  growths:
+  - {growth: {operator: Stack, factor: 2}, tokens: BASE}
+  - {growth: {operator: Stack, factor: 2}}
+";
+
+    fn comparison(scratch: u64, base: u64) -> Result<Comparison, Vec<Problem>> {
+        let text = SPEC.replace("SCRATCH", &scratch.to_string()).replace("BASE", &base.to_string());
+        Comparison::of(&LoadedSpec::parse("spec.yaml", &text)?.spec)
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(8))]
+
+        #[test]
+        fn all_runs_take_the_same_flops(steps in 400u64..40_000, base_steps in 1u64..200) {
+            let comparison = comparison(1024 * steps, 1024 * base_steps).unwrap();
+            for recipe in &comparison.recipes {
+                let plan = recipe.plan().unwrap();
+                let last = plan.stages.last().unwrap();
+                let step = last.flops.exact / last.steps as f64;
+                let difference = (recipe.flops() - comparison.budget_flops).abs();
+                prop_assert!(difference <= step * 0.500_001, "{}: {difference} of a step of {step}", recipe.name);
+                prop_assert_eq!(last.tokens, last.steps * last.training.global_batch_tokens);
+            }
+        }
+    }
+
+    #[test]
+    fn equal_bases_are_one_job_a_seed() {
+        let comparison = comparison(1_024_000, 102_400).unwrap();
+        let names: Vec<&str> = comparison.bases.iter().map(|base| &*base.plan.job).collect();
+        assert_eq!(names.len(), 4, "the deep recipes share theirs: {names:?}");
+        let of = |recipe: usize, seed: usize| &comparison.recipes[recipe].runs[seed];
+        assert_eq!(of(0, 0).base, None);
+        assert_eq!((of(1, 0).base, of(1, 1).base), (of(3, 0).base, of(3, 1).base));
+        assert_ne!(of(1, 0).base, of(2, 0).base);
+        for run in comparison.recipes.iter().flat_map(|recipe| &recipe.runs) {
+            let Some(base) = run.base.map(|base| &comparison.bases[base].plan.stages[0]) else { continue };
+            let mut first = run.job.plan.stages[0].clone();
+            assert_eq!(first.training.seed, u64::try_from(run.seed).unwrap());
+            first.job.clone_from(&base.job);
+            assert_eq!(first, *base, "a base is the first stage of those that start from it");
+        }
+    }
+
+    #[test]
+    fn a_budget_in_flops_is_the_one_in_tokens() {
+        let tokens = comparison(1_024_000, 102_400).unwrap();
+        let text = SPEC
+            .replace("scratchTokens: SCRATCH", &format!("flops: {:e}", tokens.budget_flops * 1.0001))
+            .replace("BASE", "102400");
+        let flops = Comparison::of(&LoadedSpec::parse("spec.yaml", &text).unwrap().spec).unwrap();
+        assert_eq!((flops.scratch_tokens, flops.budget_flops), (1_024_000, tokens.budget_flops));
+    }
+
+    #[test]
+    fn fields_of_jobs_are_found_in_the_spec() {
+        let spec = LoadedSpec::parse("spec.yaml", &SPEC.replace("SCRATCH", "1M").replace("BASE", "1K"))
+            .unwrap()
+            .spec;
+        let place_in = |field: &str, recipe: usize| place(field, Some((recipe, &spec.recipes[recipe])));
+        assert_eq!(place_in("spec.stages[0].model.hiddenSize", 1), "recipes[1].base.model.hiddenSize");
+        assert_eq!(place_in("spec.stages[1].growth.factor", 1), "recipes[1].growth.factor");
+        assert_eq!(place_in("spec.stages[1].tokens", 2), "recipes[2].growths[0].tokens");
+        assert_eq!(place_in("spec.stages[2].growth.factor", 2), "recipes[2].growths[1].growth.factor");
+        assert_eq!(place_in("spec.training.globalBatchTokens", 0), "training.globalBatchTokens");
+        assert_eq!(place("spec.stages[0].training.schedule", None), "scratch.training.schedule");
+        assert_eq!(place("spec.stages[0].model", None), "model");
+        assert_eq!(place("metadata.name", None), "name");
+        assert_eq!(place("spec", None), "");
+    }
+
+    #[test]
+    fn the_examples_are_comparisons() {
+        for name in ["books", "smoke"] {
+            let file = format!("{}/../examples/compare/{name}.yaml", env!("CARGO_MANIFEST_DIR"));
+            let comparison =
+                LoadedSpec::load(file.as_ref()).and_then(|loaded| Comparison::new(&loaded)).unwrap();
+            assert_eq!(comparison.spec.name, name);
+        }
+    }
+}

@@ -104,7 +104,12 @@ fn draw_curves(
             .label(recipe.name.clone())
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], color.stroke_width(2)));
     }
-    chart.configure_series_labels().background_style(WHITE).border_style(BLACK).draw()?;
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperRight)
+        .background_style(WHITE)
+        .border_style(BLACK)
+        .draw()?;
     root.present()?;
     Ok(())
 }
@@ -125,9 +130,15 @@ fn shown(points: &[Mean], top: f64) -> Vec<Mean> {
 /// Last validation losses with their standard errors, a dot a seed, and scratch as a line across. `None` while nothing
 /// has finished.
 pub fn bars_svg(report: &ComparisonReport) -> Option<String> {
-    let rows: Vec<(&RecipeReport, Estimate)> =
-        report.recipes.iter().filter_map(|recipe| Some((recipe, recipe.final_loss?))).collect();
-    let losses = || rows.iter().flat_map(|(recipe, _)| recipe.runs.iter().filter_map(|run| run.final_loss));
+    // A recipe has the same colour in both plots.
+    let rows: Vec<(RGBColor, &RecipeReport, Estimate)> = COLORS
+        .iter()
+        .cycle()
+        .zip(&report.recipes)
+        .filter_map(|(color, recipe)| Some((*color, recipe, recipe.final_loss?)))
+        .collect();
+    let losses =
+        || rows.iter().flat_map(|(_, recipe, _)| recipe.runs.iter().filter_map(|run| run.final_loss));
     let (low, high) = (losses().reduce(f64::min)?, losses().reduce(f64::max)?);
     let margin = 0.1 * (high - low).max(1e-3);
     let mut text = String::new();
@@ -141,15 +152,15 @@ const ROW: i32 = 34;
 const BAR_LEFT: i32 = 150;
 const BAR_RIGHT: i32 = 760;
 
-fn draw_bars(text: &mut String, rows: &[(&RecipeReport, Estimate)], low: f64, high: f64) -> Drawn {
+fn draw_bars(text: &mut String, rows: &[(RGBColor, &RecipeReport, Estimate)], low: f64, high: f64) -> Drawn {
     let height = 70 + ROW * rows.len() as i32;
     let root = SVGBackend::with_string(text, (900, height.unsigned_abs())).into_drawing_area();
     root.fill(&WHITE)?;
     let x =
         |loss: f64| BAR_LEFT + ((loss - low) / (high - low) * f64::from(BAR_RIGHT - BAR_LEFT)).round() as i32;
     let font = ("sans-serif", 14).into_font();
-    for (row, (recipe, estimate)) in rows.iter().enumerate() {
-        let (top, color) = (20 + ROW * row as i32, COLORS[row % COLORS.len()]);
+    for (row, (color, recipe, estimate)) in rows.iter().enumerate() {
+        let top = 20 + ROW * row as i32;
         let (middle, end) = (top + ROW / 2 - 4, x(estimate.mean));
         root.draw(&Text::new(recipe.name.clone(), (14, middle - 6), font.clone()))?;
         root.draw(&Rectangle::new([(BAR_LEFT, top), (end, top + ROW - 8)], color.mix(0.5).filled()))?;
@@ -166,7 +177,7 @@ fn draw_bars(text: &mut String, rows: &[(&RecipeReport, Estimate)], low: f64, hi
         root.draw(&Text::new(format!("{:.3}", estimate.mean), (BAR_RIGHT + 30, middle - 6), font.clone()))?;
     }
     let bottom = 20 + ROW * rows.len() as i32;
-    if let Some((_, scratch)) = rows.first().filter(|(recipe, _)| recipe.operator.is_none()) {
+    if let Some((_, _, scratch)) = rows.first().filter(|(_, recipe, _)| recipe.operator.is_none()) {
         let at = x(scratch.mean);
         root.draw(&PathElement::new([(at, 14), (at, bottom)], BLACK.stroke_width(1)))?;
     }

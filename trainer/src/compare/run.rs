@@ -112,7 +112,10 @@ impl Shared<'_> {
     fn one_by_one(&self, works: &[Work<'_>], clock: &mut Clock, reporter: &mut Reporter) -> Result<JobEnd> {
         let mut end = JobEnd::AlreadyFinished;
         for work in works {
-            reporter.note(&clock.begin(work));
+            let begins = clock.begin(work);
+            if !self.is_trained(work)? {
+                reporter.note(&begins);
+            }
             match self.run(work, reporter)? {
                 JobEnd::Stopped => return Ok(JobEnd::Stopped),
                 JobEnd::Finished => {
@@ -196,6 +199,13 @@ impl Shared<'_> {
             self.adopt_base(&base.plan, plan, reporter)?;
         }
         job::run(work.job, Some(1), self.stop, reporter)
+    }
+
+    /// Whether there is a checkpoint of its last step; whether that is good, the job itself finds out.
+    fn is_trained(&self, work: &Work<'_>) -> Result<bool> {
+        let Some(last) = work.job.plan.stages.last() else { return Ok(true) };
+        let found = checkpoint::list(&self.storage, &last.job, &last.stage)?;
+        Ok(found.iter().any(|found| found.committed().is_some_and(|manifest| manifest.step >= last.steps)))
     }
 
     fn pin_dataset(&self, plan: &JobPlan) -> Result<()> {

@@ -127,6 +127,7 @@ impl RecipeSpec {
 }
 
 /// A spec, and where its fields stand.
+#[derive(Debug)]
 pub struct LoadedSpec {
     /// Name of the file.
     pub file: String,
