@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod collective;
+pub mod compare;
 pub mod data;
 pub mod growth;
 pub mod inference;

@@ -1,6 +1,7 @@
 //! Checkpoints: a Hugging Face folder, the optimizer's state beside it, and a manifest that commits both.
 //! The format is described in `docs/checkpoint-format.md`.
 
+mod adopt;
 mod background;
 mod config;
 mod error;
@@ -15,6 +16,7 @@ mod snapshot;
 mod tensor_file;
 mod writer;
 
+pub use adopt::adopt;
 pub use background::{AsyncCheckpointer, Committed, Outcome};
 pub use config::{TokenIds, config_json, generation_config_json, parse_config};
 pub use error::{CheckpointError, Result};

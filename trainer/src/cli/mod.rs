@@ -1,6 +1,7 @@
 //! Arguments, exit codes, and one file for each command.
 
 mod checkpoint;
+mod compare;
 mod data;
 mod eval;
 mod generate;
@@ -90,6 +91,8 @@ enum Command {
     Eval(eval::Arguments),
     /// Let a checkpoint write
     Generate(generate::Arguments),
+    /// Train a model by several growth recipes and from scratch at equal FLOPs, and compare them
+    Compare(compare::Arguments),
     /// Make the table and the plots of a job again from its storage
     Report(report::Arguments),
     /// List or verify checkpoints
@@ -135,6 +138,7 @@ impl Command {
             Self::Grow(arguments) => grow::run(&arguments, options),
             Self::Eval(arguments) => eval::run(&arguments, options),
             Self::Generate(arguments) => generate::run(&arguments, options),
+            Self::Compare(arguments) => compare::run(&arguments, options),
             Self::Report(arguments) => report::run(&arguments, options),
             Self::Checkpoint(command) => checkpoint::run(&command, options),
         }

@@ -26,7 +26,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 pub use growing::{GrowthReporter, GrowthStep, grow_checkpoint};
-pub use record::{JobRecord, pinned_dataset};
+pub use record::{JobRecord, pin_dataset, pinned_dataset};
 
 /// Why a job stopped.
 #[derive(thiserror::Error, Debug)]
@@ -203,7 +203,14 @@ fn ranks_of(job: &GrowthTrainingJob, plan: &StagePlan) -> usize {
 }
 
 /// The last checkpoint of a stage that has trained all its tokens.
-fn finished(storage: &Storage, stage: &StagePlan, reporter: &Reporter) -> Result<Option<CheckpointManifest>> {
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn finished(
+    storage: &Storage,
+    stage: &StagePlan,
+    reporter: &Reporter,
+) -> Result<Option<CheckpointManifest>> {
     // Verifying reads every byte: only where the listing says that there is something to find.
     let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
     if !found.iter().any(|found| found.committed().is_some_and(|manifest| manifest.step >= stage.steps)) {
@@ -234,7 +241,7 @@ pub fn prepare_data(plan: &JobPlan, storage: &Storage, reporter: &mut Reporter) 
             shown.borrow_mut().advance(p.bytes_done, p.bytes_total, p.phase.to_string());
         })?;
     reporter.finish();
-    record::pin_dataset(storage, &plan.job, dataset.digest())?;
+    pin_dataset(storage, &plan.job, dataset.digest())?;
     Ok(dataset)
 }
 

@@ -57,7 +57,10 @@ pub fn pinned_dataset(storage: &Storage, job: &str) -> Result<Option<String>> {
 }
 
 /// Decides which dataset the job trains on, once.
-pub(super) fn pin_dataset(storage: &Storage, job: &str, digest: &str) -> Result<()> {
+///
+/// # Errors
+/// When it is decided already, or the storage does not answer.
+pub fn pin_dataset(storage: &Storage, job: &str, digest: &str) -> Result<()> {
     let name = dataset_pin(job);
     let pin = DatasetPin { digest: digest.to_owned() };
     let text = serde_json::to_vec_pretty(&pin).map_err(|error| unreadable(storage, &name, &error))?;

@@ -7,10 +7,12 @@ mod schema;
 use growth_crds::admission::admission_errors;
 use growth_crds::plan::{self, JobPlan};
 use growth_crds::{GrowthTrainingJob, crd};
-use position::Positions;
 use serde_json::Value;
 use std::fmt;
 use std::path::Path;
+
+pub(crate) use position::Positions;
+pub(crate) use schema::check_fields;
 
 /// A job that passed every check that needs no network.
 #[derive(Debug)]
@@ -74,11 +76,30 @@ fn parse(text: &str) -> Result<LoadedJob, Vec<Problem>> {
     let positions = Positions::of(text).map_err(|problem| vec![problem])?;
     let place = |problems: Vec<Problem>| problems.into_iter().map(|p| positions.place(p)).collect::<Vec<_>>();
     let job = admit(text).map_err(place)?;
-    let name = job.metadata.name.clone().unwrap_or_default();
-    let plan = plan::resolve(&name, &job.spec).map_err(|errors| {
-        place(errors.into_iter().map(|error| Problem::of_field(error.field, error.message)).collect())
-    })?;
-    Ok(LoadedJob { job, plan })
+    resolve_job(job).map_err(place)
+}
+
+/// Checks a job that a program has put together, as [`load`] checks one that was written.
+///
+/// # Errors
+/// All problems of the first check that finds any, without positions.
+pub(crate) fn check_job(job: GrowthTrainingJob) -> Result<LoadedJob, Vec<Problem>> {
+    let problems = check_values(&job, None)?;
+    if problems.is_empty() { resolve_job(job) } else { Err(problems) }
+}
+
+/// The plan of a job.
+///
+/// # Errors
+/// What the plan finds, without positions.
+pub(crate) fn resolve_job(job: GrowthTrainingJob) -> Result<LoadedJob, Vec<Problem>> {
+    let name = job.metadata.name.as_deref().unwrap_or_default();
+    match plan::resolve(name, &job.spec) {
+        Ok(plan) => Ok(LoadedJob { job, plan }),
+        Err(errors) => {
+            Err(errors.into_iter().map(|error| Problem::of_field(error.field, error.message)).collect())
+        }
+    }
 }
 
 /// The schema and the CEL rules of the CRD.
@@ -115,11 +136,11 @@ pub fn check_update(job: &GrowthTrainingJob, stored: &GrowthTrainingJob) -> Resu
 }
 
 impl Problem {
-    fn of_file(message: String) -> Self {
+    pub(crate) fn of_file(message: String) -> Self {
         Self { field: String::new(), message, position: None }
     }
 
-    fn of_field(field: String, message: String) -> Self {
+    pub(crate) fn of_field(field: String, message: String) -> Self {
         Self { field, message, position: None }
     }
 }

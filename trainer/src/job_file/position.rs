@@ -5,6 +5,7 @@ use saphyr_parser::{Event, Parser};
 use std::collections::HashMap;
 
 /// Line and column, from 1, of every field path of a document.
+#[derive(Debug)]
 pub struct Positions(HashMap<String, (usize, usize)>);
 
 /// A mapping or sequence that is being read.

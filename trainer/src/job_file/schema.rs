@@ -25,6 +25,13 @@ pub fn check(job: &Value, schema: &Value) -> Vec<Problem> {
     problems
 }
 
+/// Everything in `value`, whose own path is empty, that `schema` refuses.
+pub fn check_fields(value: &Value, schema: &Value) -> Vec<Problem> {
+    let mut problems = Vec::new();
+    check_value("", value, schema, &mut problems);
+    problems
+}
+
 fn check_value(field: &str, value: &Value, schema: &Value, problems: &mut Vec<Problem>) {
     let mut refuse = |message: String| problems.push(Problem::of_field(field.to_owned(), message));
     if value.is_null() {
@@ -49,14 +56,14 @@ fn check_object(field: &str, object: &Map<String, Value>, schema: &Value, proble
         if let Some(name) = required.as_str()
             && !object.contains_key(name)
         {
-            problems.push(Problem::of_field(format!("{field}.{name}"), "is required".to_owned()));
+            problems.push(Problem::of_field(member(field, name), "is required".to_owned()));
         }
     }
     let properties = schema.get("properties").and_then(Value::as_object);
     let additional = schema.get("additionalProperties");
     let open = schema.get("x-kubernetes-preserve-unknown-fields") == Some(&Value::Bool(true));
     for (name, value) in object {
-        let path = format!("{field}.{name}");
+        let path = member(field, name);
         match properties.and_then(|properties| properties.get(name)).or(additional) {
             Some(schema) => check_value(&path, value, schema, problems),
             None if open => {}
@@ -71,6 +78,10 @@ fn check_array(field: &str, items: &[Value], schema: &Value, problems: &mut Vec<
             check_value(&format!("{field}[{index}]"), item, schema, problems);
         }
     }
+}
+
+fn member(field: &str, name: &str) -> String {
+    if field.is_empty() { name.to_owned() } else { format!("{field}.{name}") }
 }
 
 fn wrong_type(value: &Value, schema: &Value) -> Option<String> {

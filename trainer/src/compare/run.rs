@@ -1,0 +1,282 @@
+//! Runs the jobs of a comparison, over the same storage and by the same code as any job.
+
+use super::jobs::Comparison;
+use crate::checkpoint::{self, CheckpointLocation};
+use crate::data::Dataset;
+use crate::job::{self, JobEnd, JobError, JobRecord, Result};
+use crate::job_file::{LoadedJob, Problem};
+use crate::progress::{Reporter, duration};
+use crate::storage::Storage;
+use crate::training::stage::TrainError;
+use growth_crds::plan::JobPlan;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc;
+use std::time::Instant;
+
+/// One job, and the one that trains its base.
+#[derive(Clone, Copy)]
+struct Work<'a> {
+    job: &'a LoadedJob,
+    base: Option<&'a LoadedJob>,
+}
+
+impl Work<'_> {
+    /// FLOPs that it still has to spend when nothing of it is done.
+    fn flops(&self) -> f64 {
+        let shared = usize::from(self.base.is_some());
+        self.job.plan.stages.iter().skip(shared).map(|stage| stage.flops.exact).sum()
+    }
+}
+
+/// What all jobs share.
+struct Shared<'a> {
+    storage: Storage,
+    dataset: Dataset,
+    stop: &'a AtomicBool,
+}
+
+/// Runs every job of a comparison that is not finished, bases first, then seed by seed; `at_once` of them at a time.
+/// Asked to stop, each of them commits where it stands, and the next run goes on.
+///
+/// # Errors
+/// What stops a job; everything committed before stays good.
+pub fn run(
+    comparison: &Comparison,
+    at_once: usize,
+    stop: &AtomicBool,
+    reporter: &mut Reporter,
+) -> Result<JobEnd> {
+    let storage = job::open_storage(&comparison.spec.storage)?;
+    let works = works(comparison);
+    for work in &works {
+        refuse_changes(&storage, work.job)?;
+    }
+    let Some(first) = comparison.recipes.first().and_then(|recipe| recipe.runs.first()) else {
+        return Ok(JobEnd::AlreadyFinished);
+    };
+    // One dataset for all: a sample of the files (maxBytes) follows the first seed.
+    let dataset = job::prepare_data(&first.job.plan, &storage, reporter)?;
+    let shared = Shared { storage, dataset, stop };
+    let mut clock = Clock::new(&works);
+    let (bases, runs): (Vec<Work<'_>>, Vec<Work<'_>>) = works.iter().partition(|work| {
+        work.base.is_none() && comparison.bases.iter().any(|base| base.plan.job == work.job.plan.job)
+    });
+    let mut end = JobEnd::AlreadyFinished;
+    for works in [bases, runs] {
+        let part = match at_once {
+            0 | 1 => shared.one_by_one(&works, &mut clock, reporter)?,
+            _ => shared.side_by_side(&works, at_once, &mut clock, reporter)?,
+        };
+        match part {
+            JobEnd::Stopped => return Ok(JobEnd::Stopped),
+            JobEnd::Finished => end = JobEnd::Finished,
+            JobEnd::AlreadyFinished => {}
+        }
+    }
+    Ok(end)
+}
+
+/// Every job, in the order in which it runs.
+fn works(comparison: &Comparison) -> Vec<Work<'_>> {
+    let bases = comparison.bases.iter().map(|job| Work { job, base: None });
+    let runs = (0..comparison.spec.seeds.len()).flat_map(|seed| {
+        let of_seed = comparison.recipes.iter().filter_map(move |recipe| recipe.runs.get(seed));
+        of_seed.map(|run| Work { job: &run.job, base: run.base.map(|base| &comparison.bases[base]) })
+    });
+    bases.chain(runs).collect()
+}
+
+/// Refuses a job whose stored object was made from another spec: its checkpoints would not be what the report says.
+fn refuse_changes(storage: &Storage, job: &LoadedJob) -> Result<()> {
+    let Some(stored) = JobRecord::read(storage, &job.plan.job)? else { return Ok(()) };
+    let (new, old) = (&job.job.spec, &stored.spec);
+    let fields = [
+        ("spec.model", new.model == old.model),
+        ("spec.data", new.data == old.data),
+        ("spec.training", new.training == old.training),
+        ("spec.stages", new.stages == old.stages),
+    ];
+    let message = "the spec of the comparison says otherwise now; give the comparison another name";
+    let problems: Vec<Problem> = fields
+        .iter()
+        .filter(|(_, same)| !same)
+        .map(|(field, _)| Problem::of_field((*field).to_owned(), message.to_owned()))
+        .collect();
+    if problems.is_empty() {
+        return Ok(());
+    }
+    Err(JobError::Changed { uri: storage.uri_of(&format!("{}/job.json", job.plan.job)), problems })
+}
+
+impl Shared<'_> {
+    fn one_by_one(&self, works: &[Work<'_>], clock: &mut Clock, reporter: &mut Reporter) -> Result<JobEnd> {
+        let mut end = JobEnd::AlreadyFinished;
+        for work in works {
+            let begins = clock.begin(work);
+            if !self.is_trained(work)? {
+                reporter.note(&begins);
+            }
+            match self.run(work, reporter)? {
+                JobEnd::Stopped => return Ok(JobEnd::Stopped),
+                JobEnd::Finished => {
+                    clock.spent(work.flops());
+                    end = JobEnd::Finished;
+                }
+                JobEnd::AlreadyFinished => clock.skipped(work.flops()),
+            }
+        }
+        Ok(end)
+    }
+
+    /// Some jobs at a time, each with its share of the compute threads; what they compute does not depend on it.
+    fn side_by_side(
+        &self,
+        works: &[Work<'_>],
+        at_once: usize,
+        clock: &mut Clock,
+        reporter: &mut Reporter,
+    ) -> Result<JobEnd> {
+        let threads = (rayon::current_num_threads() / at_once).max(1);
+        let next = AtomicUsize::new(0);
+        let (sender, results) = mpsc::channel();
+        std::thread::scope(|scope| {
+            for _ in 0..at_once.min(works.len()) {
+                let (next, sender) = (&next, sender.clone());
+                // Without threads of their own the jobs share those of the program.
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().ok();
+                scope.spawn(move || {
+                    while let Some(work) = works.get(next.fetch_add(1, Ordering::Relaxed)) {
+                        if self.stop.load(Ordering::Relaxed) {
+                            break;
+                        }
+                        let began = Instant::now();
+                        let run = || self.run(work, &mut Reporter::quiet());
+                        let end = pool.as_ref().map_or_else(run, |pool| pool.install(run));
+                        if end.is_err() {
+                            // The others commit where they stand.
+                            self.stop.store(true, Ordering::Relaxed);
+                        }
+                        // The receiver lives until all senders are gone.
+                        let _ = sender.send((*work, end, began.elapsed().as_secs_f64()));
+                    }
+                });
+            }
+            drop(sender);
+            self.collect(&results, clock, reporter)
+        })
+    }
+
+    fn collect(
+        &self,
+        results: &mpsc::Receiver<(Work<'_>, Result<JobEnd>, f64)>,
+        clock: &mut Clock,
+        reporter: &Reporter,
+    ) -> Result<JobEnd> {
+        let (mut end, mut failure) = (JobEnd::AlreadyFinished, None);
+        for (work, result, seconds) in results {
+            match result {
+                Ok(JobEnd::Finished) => {
+                    clock.spent(work.flops());
+                    reporter.note(&clock.end(&work, seconds));
+                    end = JobEnd::Finished;
+                }
+                Ok(JobEnd::AlreadyFinished) => clock.skipped(work.flops()),
+                Ok(JobEnd::Stopped) => {}
+                Err(error) => failure = failure.or(Some(error)),
+            }
+        }
+        match failure {
+            Some(error) => Err(error),
+            None if self.stop.load(Ordering::Relaxed) => Ok(JobEnd::Stopped),
+            None => Ok(end),
+        }
+    }
+
+    fn run(&self, work: &Work<'_>, reporter: &mut Reporter) -> Result<JobEnd> {
+        let plan = &work.job.plan;
+        self.pin_dataset(plan)?;
+        if let Some(base) = work.base {
+            self.adopt_base(&base.plan, plan, reporter)?;
+        }
+        job::run(work.job, Some(1), self.stop, reporter)
+    }
+
+    /// Whether there is a checkpoint of its last step; whether that is good, the job itself finds out.
+    fn is_trained(&self, work: &Work<'_>) -> Result<bool> {
+        let Some(last) = work.job.plan.stages.last() else { return Ok(true) };
+        let found = checkpoint::list(&self.storage, &last.job, &last.stage)?;
+        Ok(found.iter().any(|found| found.committed().is_some_and(|manifest| manifest.step >= last.steps)))
+    }
+
+    fn pin_dataset(&self, plan: &JobPlan) -> Result<()> {
+        match job::pinned_dataset(&self.storage, &plan.job)? {
+            None => job::pin_dataset(&self.storage, &plan.job, self.dataset.digest()),
+            Some(digest) if digest == self.dataset.digest() => Ok(()),
+            Some(digest) => {
+                let message = format!("it has trained on dataset {digest}; give the comparison another name");
+                let problems = vec![Problem::of_field("spec.data".to_owned(), message)];
+                Err(JobError::Changed { uri: self.storage.uri_of(&plan.job), problems })
+            }
+        }
+    }
+
+    /// Gives a job the trained base as the last checkpoint of its first stage.
+    fn adopt_base(&self, base: &JobPlan, plan: &JobPlan, reporter: &Reporter) -> Result<()> {
+        let (Some(from), Some(to)) = (base.stages.first(), plan.stages.first()) else { return Ok(()) };
+        if job::finished(&self.storage, to, reporter)?.is_some() {
+            return Ok(());
+        }
+        let Some(source) = job::finished(&self.storage, from, reporter)? else {
+            let (stage, from) = (to.stage.clone(), base.job.clone());
+            return Err(TrainError::NotGrown { stage, from }.into());
+        };
+        let (storage, job, stage) = (self.storage.clone(), to.job.clone(), to.stage.clone());
+        let attempt = checkpoint::next_attempt(&storage, &job, &stage)?;
+        checkpoint::adopt(&source, &CheckpointLocation { storage, job, stage, attempt })?;
+        Ok(())
+    }
+}
+
+/// Says how long the rest will take, from the FLOPs so far.
+struct Clock {
+    began: Instant,
+    jobs: usize,
+    begun: usize,
+    flops_done: f64,
+    flops_left: f64,
+}
+
+impl Clock {
+    fn new(works: &[Work<'_>]) -> Self {
+        let flops_left = works.iter().map(Work::flops).sum();
+        Self { began: Instant::now(), jobs: works.len(), begun: 0, flops_done: 0.0, flops_left }
+    }
+
+    fn begin(&mut self, work: &Work<'_>) -> String {
+        self.begun += 1;
+        format!("[{}/{}] {}{}", self.begun, self.jobs, work.job.plan.job, self.left())
+    }
+
+    fn end(&mut self, work: &Work<'_>, seconds: f64) -> String {
+        self.begun += 1;
+        let (number, jobs, job) = (self.begun, self.jobs, &work.job.plan.job);
+        format!("[{number}/{jobs}] {job}  {}{}", duration(seconds), self.left())
+    }
+
+    fn left(&self) -> String {
+        if self.flops_done == 0.0 {
+            return String::new();
+        }
+        let seconds = self.began.elapsed().as_secs_f64() * self.flops_left / self.flops_done;
+        format!("  about {} left for all", duration(seconds))
+    }
+
+    fn spent(&mut self, flops: f64) {
+        self.flops_done += flops;
+        self.flops_left -= flops;
+    }
+
+    fn skipped(&mut self, flops: f64) {
+        self.flops_left -= flops;
+    }
+}
