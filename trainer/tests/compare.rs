@@ -68,7 +68,7 @@ fn manifests(folder: &Folder) -> BTreeMap<String, Value> {
 /// State digest of the last checkpoint of a stage.
 fn digest(folder: &Folder, job: &str, stage: &str) -> String {
     let prefix = format!("{job}/checkpoints/{stage}/");
-    let found = manifests(folder).into_iter().filter(|(name, _)| name.starts_with(&prefix)).next_back();
+    let found = manifests(folder).into_iter().rfind(|(name, _)| name.starts_with(&prefix));
     let (_, manifest) = found.expect("the stage has a checkpoint");
     manifest["digest"].as_str().unwrap().to_owned()
 }
