@@ -229,6 +229,28 @@ mod disturbed {
     }
 
     #[test]
+    fn ranks_whose_parent_ends_before_they_meet_it_end_too() {
+        let folder = Folder::new(JOB);
+        folder.run_ok(&["data", "prepare", "job.yaml"]);
+        let mut child = start(&folder, "4");
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while children(child.id()).is_empty() {
+            assert!(Instant::now() < deadline, "no rank is started");
+            std::thread::yield_now();
+        }
+        // It listens no more, but the system still lets others call.
+        signal("-STOP", child.id());
+        let ranks = children(child.id());
+        signal("-KILL", child.id());
+        child.wait().unwrap();
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while ranks.iter().any(|rank| runs(*rank)) {
+            assert!(Instant::now() < deadline, "{ranks:?} stay");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    #[test]
     fn a_lost_rank_ends_the_others_within_ten_seconds() {
         let folder = Folder::new(&JOB.replace("tokens: 20480", "tokens: 20480000"));
         for silent in [false, true] {

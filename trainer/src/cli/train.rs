@@ -44,6 +44,9 @@ pub struct Arguments {
     /// What the ranks prove to each other that they know: 64 hexadecimal digits. Default: through the job's storage
     #[arg(long, env = gang::ENV_SECRET, hide_env_values = true, hide = true)]
     secret: Option<String>,
+    /// The process that has started this rank, and without which it ends
+    #[arg(long, env = gang::ENV_PARENT, hide = true)]
+    parent: Option<u32>,
     /// Serve /progress (JSON), /metrics (Prometheus) and /healthz here, for example 0.0.0.0:8080
     #[arg(long, env = contract::ENV_LISTEN, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
@@ -121,6 +124,7 @@ impl Arguments {
             attempt,
             leader: gang::with_port(leader),
             secret: secret.transpose()?,
+            parent: self.parent,
         };
         let mesh = gang::join(plan, storage, &membership, stop)?;
         let options = options.clone();

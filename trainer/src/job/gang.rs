@@ -20,6 +20,9 @@ use std::time::{Duration, Instant};
 /// Variable with the secret of ranks that one process has started.
 pub const ENV_SECRET: &str = "GROWTH_SECRET";
 
+/// Variable with the number of the process that has started a rank.
+pub const ENV_PARENT: &str = "GROWTH_PARENT";
+
 /// How long ranks wait for each other: nodes may have to be bought for some of them. Whoever has started them knows
 /// better when to give up.
 const PATIENCE: Duration = Duration::from_secs(24 * 3600);
@@ -43,6 +46,17 @@ pub struct Membership {
     pub leader: String,
     /// What only these ranks know; none: it is in the storage.
     pub secret: Option<Secret>,
+    /// The process that has started this one, if a rank did: without it nobody comes any more.
+    pub parent: Option<u32>,
+}
+
+impl Membership {
+    fn is_orphan(&self) -> bool {
+        #[cfg(unix)]
+        return self.parent.is_some_and(|parent| parent != std::os::unix::process::parent_id());
+        #[cfg(not(unix))]
+        return false;
+    }
 }
 
 /// The address of rank 0, with the usual port where it names none.
@@ -56,7 +70,10 @@ pub fn with_port(leader: &str) -> String {
 /// # Errors
 /// When they do not come, or the attempt has another rank 0.
 pub fn join(plan: &StagePlan, storage: &Storage, member: &Membership, stop: &AtomicBool) -> Result<Mesh> {
-    let give_up = || stop.load(Ordering::Relaxed).then(|| "stopped".to_owned());
+    let give_up = || match stop.load(Ordering::Relaxed) {
+        true => Some("stopped".to_owned()),
+        false => member.is_orphan().then(|| "the process that started this one has ended".to_owned()),
+    };
     let pigeonhole = Pigeonhole::new(plan, storage, member.attempt);
     let secret = match &member.secret {
         Some(secret) => secret.clone(),
@@ -189,6 +206,7 @@ pub fn train_in_processes(
         attempt: attempt.unwrap_or(1),
         leader: listener.local_addr().map_err(io)?.to_string(),
         secret: None,
+        parent: None,
     };
     let secret = Secret::random().map_err(io)?;
     // What the others read is what this one uses.
@@ -222,6 +240,7 @@ impl Processes {
                 .args(["--rank", &rank.to_string(), "--replicas", &of.world_size.to_string()])
                 .args(["--attempt", &of.attempt.to_string(), "--threads", &threads.to_string()])
                 .env(ENV_SECRET, secret.to_hex())
+                .env(ENV_PARENT, std::process::id().to_string())
                 .env_remove(contract::ENV_LISTEN)
                 .env_remove(contract::ENV_OUTCOME_FILE)
                 .stdin(Stdio::piped())
