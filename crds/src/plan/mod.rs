@@ -6,6 +6,7 @@ pub mod flops;
 pub mod growth;
 mod growth_depth;
 pub mod growth_map;
+pub mod growth_training;
 pub mod growth_width;
 pub mod guideline;
 pub mod memory;
@@ -18,5 +19,6 @@ pub mod types;
 
 pub use error::{PlanError, PlanErrors};
 pub use growth::{CheckpointGrowth, resolve_checkpoint_growth};
+pub use growth_training::{Freeze, FreezePlan, GrowthTrainingPlan, NewParametersPlan, ScheduleAcrossGrowth};
 pub use resolve::resolve;
 pub use types::*;

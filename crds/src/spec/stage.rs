@@ -1,9 +1,12 @@
 //! Stages and growth.
 
+use super::factor::GrowthFactor;
 use super::model::ModelSpec;
 use super::schema::without_descriptions;
 use super::training::ScheduleSpec;
-use crate::plan::{GrowthOperator, LayerOrder, OptimizerStatePolicy, WidthSplit};
+use crate::plan::{
+    Freeze, GrowthOperator, LayerOrder, OptimizerStatePolicy, ScheduleAcrossGrowth, WidthSplit,
+};
 use crate::quantity::{StageTokens, TokenCount};
 use k8s_openapi::api::core::v1::{ResourceRequirements, Toleration};
 use kube::KubeSchema;
@@ -45,6 +48,10 @@ use std::collections::BTreeMap;
         "!has(self.growth) || !has(self.model) || self.growth.operator == 'ZeroWidth' || !(has(self.model.rmsNormEps) || has(self.model.initializer))"
     )
     .message("in a stage that grows, rmsNormEps and initializer belong to operator ZeroWidth: remove them from the stage's model"),
+    validation = Rule::new(
+        "!has(self.growth) || !has(self.growth.schedule) || self.growth.schedule != 'Continue' || !has(self.training) || !has(self.training.schedule)"
+    )
+    .message("with growth.schedule: Continue the stage goes on in the schedule of the one before: remove training.schedule, or growth.schedule"),
     validation = Rule::new(
         "has(self.model) == has(oldSelf.model) && (!has(self.model) || self.model == oldSelf.model)"
     )
@@ -111,15 +118,23 @@ pub struct StageSpec {
         .message("directWidth belongs to operator DirectWidth; remove it, or change operator"),
     validation = Rule::new("!has(self.depth) || self.operator in ['DirectWidth', 'ZeroWidth']")
         .message("depth belongs to DirectWidth and ZeroWidth, which can grow the depth in the same step; remove it"),
+    validation = Rule::new(
+        "!has(self.freeze) || self.freeze == 'Nothing' || !self.operator.endsWith('Width') || has(self.depth)"
+    )
+    .message("freeze trains new layers only, and a growth of the width has none: remove freeze, or add depth"),
+    validation = Rule::new("!has(self.freezeTokens) || (has(self.freeze) && self.freeze != 'Nothing')")
+        .message("freezeTokens says how long something is frozen: set freeze to Source or SourceButHead, or remove it"),
+    validation = Rule::new("!has(self.rewarmTokens) || (has(self.schedule) && self.schedule == 'Continue')")
+        .message("rewarmTokens belongs to schedule: Continue; a schedule that restarts has warmupTokens, set those instead"),
 )]
 pub struct GrowthSpec {
     /// Depth: Stack, Interleave, LayerMap, ZeroDepth. Width: DirectWidth, ZeroWidth. docs/growth.md describes each.
     pub operator: GrowthOperator,
     /// How many times the layers (Stack, Interleave, ZeroDepth), or hiddenSize, intermediateSize and both numbers of
-    /// heads (DirectWidth, ZeroWidth) are multiplied. The stage's model can say it instead.
+    /// heads (DirectWidth, ZeroWidth) are multiplied; auto is the paper's guideline, four times the parameters. The
+    /// stage's model can say it instead.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 2, max = 64))]
-    pub factor: Option<u32>,
+    pub factor: Option<GrowthFactor>,
     /// Source layers of LayerMap.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layer_map: Option<LayerMapSpec>,
@@ -140,6 +155,35 @@ pub struct GrowthSpec {
     /// What becomes of the optimizer's moments. Default: Reset.
     #[serde(default)]
     pub optimizer_state: OptimizerStatePolicy,
+    /// What does not train after the growth. With Source new layers alone train, with SourceButHead the final norm and
+    /// the head too. Default: Nothing.
+    #[serde(default)]
+    pub freeze: Freeze,
+    /// Tokens of the stage after which everything trains. Default: the tokens of the stage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freeze_tokens: Option<TokenCount>,
+    /// Whether the stage has a learning-rate schedule of its own, or goes on in that of the stage before. Default: Restart.
+    #[serde(default)]
+    pub schedule: ScheduleAcrossGrowth,
+    /// With schedule Continue, tokens over which the learning rate rises again, linearly from 0. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rewarm_tokens: Option<TokenCount>,
+    /// Another learning rate for the parameters that the growth has added.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new_parameters: Option<NewParametersSpec>,
+}
+
+/// Learning rate of the parameters that a growth has added: new layers, and new rows and columns (SPARKLING, arXiv
+/// 2602.02472).
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NewParametersSpec {
+    /// Their learning rate as a multiple of that of all others: 1.3 in SPARKLING.
+    #[schemars(range(min = 0.0, max = 100.0))]
+    pub learning_rate_ratio: f64,
+    /// Tokens over which the multiple goes from 1 to that. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ramp_tokens: Option<TokenCount>,
 }
 
 /// The source layer of every target layer; exactly one member beside zeroOutput.
@@ -236,10 +280,9 @@ pub struct DirectWidthSpec {
 pub struct DepthGrowthSpec {
     /// Stack, Interleave, LayerMap or ZeroDepth.
     pub operator: GrowthOperator,
-    /// How many times the layers are multiplied.
+    /// How many times the layers are multiplied; auto is 2, for the width multiplies the parameters already.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 2, max = 64))]
-    pub factor: Option<u32>,
+    pub factor: Option<GrowthFactor>,
 }
 
 /// Given weights.

@@ -4,11 +4,12 @@ use super::{End, Options, eval::absolute, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::growth::GrowthEffect;
 use growth_crds::plan::{
-    CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, LayerOrder, OptimizerStatePolicy, StageStart,
-    WidthSplit, resolve_checkpoint_growth,
+    CheckpointGrowth, Freeze, GrowthOperator, GrowthPlan, Initializer, LayerOrder, OptimizerStatePolicy,
+    ScheduleAcrossGrowth, StageStart, WidthSplit, resolve_checkpoint_growth,
 };
 use growth_crds::protocol::{GrowthMeasurement, GrowthRecord, GrowthSample, Outcome, checkpoint_status};
 use growth_crds::spec::data::DataSource;
+use growth_crds::spec::factor::GrowthFactor;
 use growth_crds::spec::model::ModelSpec;
 use growth_crds::spec::stage::{
     DepthGrowthSpec, DirectWidthSpec, GrowthSpec, LayerMapSpec, LlamaProSpec, MiddleBlockSpec, SolarSpec,
@@ -61,9 +62,9 @@ pub struct Arguments {
     /// Growth operator
     #[arg(long, default_value = "Stack", value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth"])]
     operator: String,
-    /// How often the layers are repeated, or how many times as wide the model becomes
+    /// How often the layers are repeated, or how many times as wide the model becomes; auto: the paper's guideline
     #[arg(long, conflicts_with = "map")]
-    factor: Option<u32>,
+    factor: Option<GrowthFactor>,
     #[command(flatten)]
     map: MapArguments,
     /// LayerMap of LLaMA Pro: copies after each group
@@ -83,9 +84,9 @@ pub struct Arguments {
     /// With an operator of the width: one of the depth for the same step
     #[arg(long, value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth"])]
     depth_operator: Option<String>,
-    /// How often the depth's operator repeats the layers
+    /// How often the depth's operator repeats the layers, or auto
     #[arg(long, requires = "depth_operator")]
-    depth_factor: Option<u32>,
+    depth_factor: Option<GrowthFactor>,
     /// Share of noise mixed into all matrices at the end
     #[arg(long)]
     noise: Option<f64>,
@@ -267,6 +268,12 @@ fn resolve(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<
             true => OptimizerStatePolicy::Keep,
             false => OptimizerStatePolicy::Reset,
         },
+        // How a stage trains afterwards is nothing that a checkpoint holds.
+        freeze: Freeze::default(),
+        freeze_tokens: None,
+        schedule: ScheduleAcrossGrowth::default(),
+        rewarm_tokens: None,
+        new_parameters: None,
     };
     let growth =
         CheckpointGrowth { growth: &growth, model: &model, source: folder.config(), seed: arguments.seed };

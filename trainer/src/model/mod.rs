@@ -5,3 +5,4 @@ pub mod block;
 pub mod initializer;
 pub mod layout;
 pub mod llama;
+pub mod trainable;
