@@ -8,6 +8,7 @@ use growth_trainer::checkpoint::HuggingFaceFolder;
 use growth_trainer::model::layout::ParameterLayout;
 use growth_trainer::storage::{Storage, StorageOptions};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
 
 /// Tokens of a step and of a stage of the job.
@@ -35,7 +36,7 @@ fn tensors(folder: &Path) -> BTreeMap<String, Vec<u32>> {
     let folder = HuggingFaceFolder::open(&storage).unwrap();
     let parameters = folder.load().unwrap().parameters;
     let layout = ParameterLayout::new(folder.config());
-    let bits = |range| parameters[range].iter().map(|number: &f32| number.to_bits()).collect();
+    let bits = |range: Range<usize>| parameters[range].iter().map(|number| number.to_bits()).collect();
     layout.tensors().iter().map(|tensor| (tensor.name.clone(), bits(tensor.range()))).collect()
 }
 

@@ -99,6 +99,7 @@ pub fn update_with_new(
 }
 
 /// The numbers of a step as every element needs them.
+#[derive(Clone, Copy)]
 struct Constants {
     keep: f32,
     rate: f32,
@@ -129,21 +130,21 @@ impl Constants {
         }
     }
 
-    fn update(&self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+    fn update(self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
         for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
             self.element(p, m, v, *g, self.keep, self.rate);
         }
     }
 
     /// With a decay and a rate for every element.
-    fn update_at(&self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], keep: &[f32], rate: &[f32]) {
+    fn update_at(self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], keep: &[f32], rate: &[f32]) {
         for (((((p, m), v), g), keep), rate) in p.iter_mut().zip(m).zip(v).zip(g).zip(keep).zip(rate) {
             self.element(p, m, v, *g, *keep, *rate);
         }
     }
 
     #[inline(always)]
-    fn element(&self, p: &mut f32, m: &mut f32, v: &mut f32, g: f32, keep: f32, rate: f32) {
+    fn element(self, p: &mut f32, m: &mut f32, v: &mut f32, g: f32, keep: f32, rate: f32) {
         let g = g * self.scale;
         *m = self.beta1.mul_add(*m, self.one_minus_beta1 * g);
         *v = self.beta2.mul_add(*v, self.one_minus_beta2 * g * g);
