@@ -141,6 +141,10 @@ fn type_of(schema: &Value) -> String {
         return words.iter().map(|word| format!("`{}`", bare(word))).collect::<Vec<_>>().join(" or ");
     }
     if schema["x-kubernetes-int-or-string"] == Value::Bool(true) {
+        // A factor; quantities have no upper limit.
+        if let (Some(_), Some(range)) = (schema.get("maximum"), range(schema, "minimum", "maximum")) {
+            return format!("integer, {range}, or `auto`");
+        }
         let auto = schema["pattern"].as_str().is_some_and(|pattern| pattern.contains("auto"));
         return if auto { "quantity, or `auto`".to_owned() } else { "quantity".to_owned() };
     }

@@ -30,7 +30,7 @@ fn plan(name: &str) -> JobPlan {
 #[test]
 fn all_are_accepted_and_resolve() {
     let files = examples();
-    assert!(files.len() >= 11);
+    assert!(files.len() >= 13);
     for path in files {
         let job = read(&path);
         let errors = admission_errors(&job, None).unwrap();
@@ -89,6 +89,27 @@ fn the_partial_stack_is_table_5s() {
     assert_eq!(growth.layers.len(), 24);
     assert_eq!(growth.layers[..6], [0, 1, 2, 3, 4, 5]);
     assert_eq!(growth.layers[22..], [4, 5]);
+}
+
+#[test]
+fn gradual_growth_is_a_list_of_stages() {
+    let layers = |plan: &JobPlan| -> Vec<u32> {
+        plan.stages.iter().map(|stage| stage.model.num_hidden_layers).collect()
+    };
+    let gradual = plan("gradual.yaml");
+    assert_eq!(layers(&gradual), [2, 4, 8]);
+    assert!(
+        gradual.stages.iter().all(|stage| stage.training.schedule == gradual.stages[0].training.schedule)
+    );
+    // Of MSLT only the new top layers and the head train, and at the very end everything.
+    let mslt = plan("mslt.yaml");
+    assert_eq!(layers(&mslt), [2, 4, 6]);
+    let frozen = |stage: usize| {
+        let stage = &mslt.stages[stage];
+        let freeze = stage.training.after_growth.freeze.clone().unwrap();
+        (freeze.layers, freeze.head, stage.tokens - freeze.tokens)
+    };
+    assert_eq!([frozen(1), frozen(2)], [(vec![2, 3], true, 0), (vec![4, 5], true, 819_200)]);
 }
 
 #[test]

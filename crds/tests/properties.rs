@@ -90,6 +90,19 @@ fn growth() -> impl Strategy<Value = Value> {
                     "operator": operator, "factor": factor, "depth": depth, "noise": noise,
                 }))
             }),
+        (
+            prop::sample::select(vec!["Nothing", "Source", "SourceButHead"]),
+            prop::sample::select(vec!["Restart", "Continue"]),
+            [optional(count()), optional(count()), optional(count())],
+            number(),
+        )
+            .prop_map(|(freeze, schedule, [freeze_tokens, rewarm_tokens, ramp_tokens], ratio)| {
+                without_nulls(json!({
+                    "operator": "ZeroDepth", "factor": "auto", "freeze": freeze, "freezeTokens": freeze_tokens,
+                    "schedule": schedule, "rewarmTokens": rewarm_tokens,
+                    "newParameters": without_nulls(json!({"learningRateRatio": ratio, "rampTokens": ramp_tokens})),
+                }))
+            }),
         (preset(), count(), count()).prop_map(|(preset, size, copies)| {
             let options = match preset {
                 "solar" => json!({"dropLayers": size}),
@@ -201,6 +214,13 @@ fn check_plan(plan: &JobPlan) -> Result<(), TestCaseError> {
         prop_assert!(stage.training.sequence_length <= stage.model.max_position_embeddings);
         prop_assert_eq!(stage.model.num_attention_heads % stage.model.num_key_value_heads, 0);
         prop_assert!(stage.flops.six_nd > 0.0 && stage.flops.exact.is_finite());
+        prop_assert_eq!(stage.flops.exact, stage.exact_flops(stage.tokens));
+        let special = &stage.training.after_growth;
+        prop_assert!(special.schedule_start_tokens <= stage.first_token);
+        if let Some(freeze) = &special.freeze {
+            prop_assert!(freeze.tokens > 0 && freeze.tokens <= stage.tokens);
+            prop_assert!(freeze.layers.iter().all(|layer| *layer < stage.model.num_hidden_layers));
+        }
         prop_assert_eq!(stage.parameters.total, stage.parameters.embedding + stage.parameters.non_embedding);
         if let StageStart::Growth(growth) = &stage.start {
             let source = &plan.stages[index - 1];

@@ -2,16 +2,32 @@
 
 use super::{FlopCount, ModelConfig};
 
+/// Floating-point operations of the forward pass, a token.
+pub(super) struct ForwardFlops {
+    /// The matrices of a layer.
+    pub layer_matrices: f64,
+    /// The attention products of a layer.
+    pub layer_attention: f64,
+    /// The output head.
+    pub head: f64,
+}
+
 impl ModelConfig {
-    /// Floating-point operations of the forward pass, a token, in sequences of this length: two for every weight of
-    /// every matrix, the output head included, and two products over the visible half of the attention square.
+    /// The parts of the forward pass in sequences of this length: two for every weight of every matrix, and two products
+    /// over the visible half of the attention square.
+    pub(super) fn forward_flops(&self, sequence_length: u32) -> ForwardFlops {
+        ForwardFlops {
+            layer_matrices: 2.0 * self.layer_matrix_parameters() as f64,
+            // Of T(T+1)/2 visible pairs a sequence, (T+1)/2 belong to a token; query.key and weight.value, two each.
+            layer_attention: 4.0 * self.query_size() as f64 * (f64::from(sequence_length) + 1.0) / 2.0,
+            head: 2.0 * f64::from(self.hidden_size) * f64::from(self.vocab_size),
+        }
+    }
+
+    /// Floating-point operations of the forward pass, a token, in sequences of this length, the output head included.
     pub fn forward_flops_per_token(&self, sequence_length: u32) -> f64 {
-        let layers = f64::from(self.num_hidden_layers);
-        let head = f64::from(self.hidden_size) * f64::from(self.vocab_size);
-        let matrices = 2.0 * (layers * self.layer_matrix_parameters() as f64 + head);
-        // Of T(T+1)/2 visible pairs a sequence, (T+1)/2 belong to a token; query.key and weight.value, two each.
-        let attention = layers * 4.0 * self.query_size() as f64 * (f64::from(sequence_length) + 1.0) / 2.0;
-        matrices + attention
+        let ForwardFlops { layer_matrices, layer_attention, head } = self.forward_flops(sequence_length);
+        f64::from(self.num_hidden_layers) * (layer_matrices + layer_attention) + head
     }
 
     /// Floating-point operations of training on so many tokens: the backward pass is twice the forward pass.

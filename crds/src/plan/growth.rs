@@ -6,9 +6,11 @@ use super::growth_depth::{Depth, DepthRequest};
 use super::growth_learn::{LearnPlan, LearnedWidth};
 use super::growth_map::MAX_LAYERS;
 use super::growth_width::WidthRequest;
+use super::guideline::auto_factor;
 use super::{
     GrowthOperator, GrowthPlan, Initializer, ModelConfig, NewLayersPlan, NoisePlan, WidthPlan, WidthRule,
 };
+use crate::spec::factor::GrowthFactor;
 use crate::spec::model::ModelSpec;
 use crate::spec::stage::GrowthSpec;
 use serde::{Deserialize, Serialize};
@@ -218,20 +220,40 @@ impl GrowthRequest<'_> {
             Some(depth) => (depth.factor, format!("{field}.growth.depth")),
             None => (self.growth.factor, format!("{field}.growth")),
         };
+        let factor = self.factor(operator, factor, &place, findings);
         let growth = self.growth;
         DepthRequest { operator, factor, place, growth, field, target_layers, source_layers }
             .resolve(findings)
     }
 
+    /// The factor as a number; what `auto` becomes is noted.
+    fn factor(
+        &self,
+        operator: GrowthOperator,
+        factor: Option<GrowthFactor>,
+        place: &str,
+        findings: &mut Findings,
+    ) -> Option<u32> {
+        match factor? {
+            GrowthFactor::Times(factor) => Some(factor),
+            GrowthFactor::Auto => {
+                let (factor, reason) = auto_factor(operator, self.growth.operator.is_width());
+                findings.note(format!("{place}.factor: auto is {factor}: {reason}"));
+                Some(factor)
+            }
+        }
+    }
+
     fn width(&self, findings: &mut Findings) -> Option<WidthPlan> {
         let (growth, field, source) = (self.growth, self.field, self.source);
-        if growth.factor.is_some_and(|factor| factor < 2) {
+        let factor = self.factor(growth.operator, growth.factor, &format!("{field}.growth"), findings);
+        if factor.is_some_and(|factor| factor < 2) {
             findings.error(format!("{field}.growth.factor"), "a factor below 2 does not grow; use 2 or more");
             return None;
         }
         let model = self.model.cloned().unwrap_or_default();
         let (initializer, seed) = (self.initializer, self.seed);
-        WidthRequest { growth, model: &model, field, source, initializer, seed }.resolve(findings)
+        WidthRequest { growth, factor, model: &model, field, source, initializer, seed }.resolve(findings)
     }
 
     fn learn(&self, width: Option<&WidthPlan>, findings: &mut Findings) -> Option<LearnPlan> {

@@ -213,6 +213,8 @@ impl WidthPlan {
 /// What a growth of the width is resolved from.
 pub(super) struct WidthRequest<'a> {
     pub growth: &'a GrowthSpec,
+    /// Its factor as a number.
+    pub factor: Option<u32>,
     pub model: &'a ModelSpec,
     pub field: &'a str,
     pub source: &'a ModelConfig,
@@ -341,9 +343,9 @@ impl WidthRequest<'_> {
         findings: &mut Findings,
     ) -> Option<u32> {
         let place = format!("{}.model.{name}", self.field);
-        let multiplied = u64::from(source) * u64::from(self.growth.factor.unwrap_or(1));
+        let multiplied = u64::from(source) * u64::from(self.factor.unwrap_or(1));
         let size = u64::from(given.unwrap_or(0)).max(if given.is_some() { 0 } else { multiplied });
-        if self.growth.factor.is_some() && size != multiplied {
+        if self.factor.is_some() && size != multiplied {
             let message =
                 format!("factor makes {multiplied} of {source}, but this says {size}; remove one of them");
             findings.error(place, message);
@@ -367,7 +369,7 @@ impl WidthRequest<'_> {
         let place = format!("{}.model.{name}", self.field);
         let given = self.model.num_key_value_heads;
         let group = source.heads / source.key_value_heads;
-        if given.is_none() && self.growth.factor.is_none() {
+        if given.is_none() && self.factor.is_none() {
             if heads.is_multiple_of(group) {
                 return Some(heads / group);
             }

@@ -1,10 +1,31 @@
 //! When to grow and by how much: the paper's guidelines, and what they promise.
 
+use super::GrowthOperator;
 use super::resolve::about;
 use serde::Serialize;
 
 /// Growth factor that the paper recommends; its optimum lay between 2 and 4.
 pub const FACTOR: u32 = 4;
+
+/// Factor of all widths that multiplies the parameters by [`FACTOR`]: matrices grow with its square.
+pub const WIDTH_FACTOR: u32 = 2;
+
+/// Least factor of a growth.
+const LEAST_FACTOR: u32 = 2;
+
+/// What `factor: auto` of an operator is, and why. A depth that grows beside the width gets the least that is a growth,
+/// for the width takes all that the guideline allows.
+pub(super) fn auto_factor(operator: GrowthOperator, beside_width: bool) -> (u32, &'static str) {
+    match (operator.is_width(), beside_width) {
+        (true, _) => {
+            (WIDTH_FACTOR, "twice the widths are about four times the parameters, the paper's guideline")
+        }
+        (false, true) => {
+            (LEAST_FACTOR, "the width grows in the same step, so the depth grows as little as it can")
+        }
+        (false, false) => (FACTOR, "the paper's guideline"),
+    }
+}
 
 /// Parameters of the models that the guideline was fitted on.
 pub const FITTED_PARAMETERS: std::ops::RangeInclusive<f64> = 4e8..=3e9;

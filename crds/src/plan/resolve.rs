@@ -4,10 +4,15 @@ use super::architecture::first_architecture;
 use super::error::{Findings, PlanErrors};
 use super::growth::GrowthRequest;
 use super::growth_mask::resolve_ramp;
+use super::growth_training::{
+    GrowthTrainingRequest, ScheduleSpan, check_continued_schedules, exact_flops, schedule_spans,
+};
 use super::guideline::{self, LARGEST_SHARE};
 use super::ranks::check_replicas;
-use super::training::{Batch, resolve_batch, resolve_checkpoint, resolve_evaluation, resolve_training};
-use super::{JobPlan, ModelConfig, StagePlan, StageStart};
+use super::training::{
+    Batch, ScheduledStage, resolve_batch, resolve_checkpoint, resolve_evaluation, resolve_training,
+};
+use super::{FlopCount, GrowthTrainingPlan, JobPlan, ModelConfig, StagePlan, StageStart};
 use crate::quantity::{StageTokens, TokenCount};
 use crate::spec::GrowthTrainingJobSpec;
 use crate::spec::stage::StageSpec;
@@ -37,10 +42,13 @@ pub fn resolve(name: &str, spec: &GrowthTrainingJobSpec) -> Result<JobPlan, Plan
         .map(|(index, stage)| resolve_batch(&spec.training, stage, &stage_field(index), &mut findings))
         .collect();
     let tokens = resolve_tokens(spec, &shapes, &batches, &mut findings);
+    check_continued_schedules(spec, &mut findings);
+    let spans = schedule_spans(spec, &tokens);
     let mut first_token = Some(0u64);
     let mut stages = Vec::new();
     for (index, shape) in shapes.into_iter().enumerate() {
-        let stage = StageInput { name, spec, index, shape, batch: batches[index], tokens: tokens[index] };
+        let (batch, span) = (batches[index], spans[index].as_ref());
+        let stage = StageInput { name, spec, index, shape, batch, tokens: tokens[index], span };
         stages.extend(stage.resolve(first_token, &mut findings));
         first_token = first_token.zip(tokens[index]).and_then(|(first, tokens)| first.checked_add(tokens));
         if first_token.is_none_or(|first| first > i64::MAX as u64) && tokens.iter().all(Option::is_some) {
@@ -286,14 +294,22 @@ struct StageInput<'a> {
     shape: Option<Shape>,
     batch: Option<Batch>,
     tokens: Option<u64>,
+    /// What its learning-rate schedule runs over.
+    span: Option<&'a ScheduleSpan>,
 }
 
 impl StageInput<'_> {
     fn resolve(self, first_token: Option<u64>, findings: &mut Findings) -> Option<StagePlan> {
         let stage = &self.spec.stages[self.index];
-        let (batch, tokens) = (self.batch?, self.tokens?);
+        let (batch, tokens, span) = (self.batch?, self.tokens?, self.span?);
         let field = stage_field(self.index);
-        let training = resolve_training(&self.spec.training, stage, batch, tokens, &field, findings);
+        let after_growth = self.after_growth(batch, tokens, span, findings);
+        let scheduled = ScheduledStage {
+            span,
+            scheduled_by: (&self.spec.stages[span.first], stage_field(span.first)),
+            after_growth: after_growth.clone().unwrap_or_default(),
+        };
+        let training = resolve_training(&self.spec.training, stage, batch, scheduled, &field, findings);
         let checkpoint = resolve_checkpoint(&self.spec.checkpoint, batch, findings);
         let sequence = self.spec.training.sequence_length;
         let evaluation = resolve_evaluation(&self.spec.evaluation, sequence, batch, tokens, findings);
@@ -307,6 +323,8 @@ impl StageInput<'_> {
         }
         let memory = model.memory(batch.micro, micro_batches, ranks?);
         let mask_ramp_tokens = ramp?;
+        let freeze = after_growth?.freeze;
+        let exact = exact_flops(&model, sequence, freeze.as_ref(), tokens);
         Some(StagePlan {
             job: self.name.to_owned(),
             stage: stage.name.clone(),
@@ -321,10 +339,28 @@ impl StageInput<'_> {
             checkpoint: checkpoint?,
             evaluation: evaluation?,
             parameters: model.parameter_counts(),
-            flops: model.training_flops(sequence, tokens),
+            flops: FlopCount { exact, ..model.training_flops(sequence, tokens) },
             memory: if mask_ramp_tokens.is_some() { memory.with_masks() } else { memory },
             mask_ramp_tokens,
             model,
         })
+    }
+
+    /// What is special because it has grown; `None` with the reason in `findings`.
+    fn after_growth(
+        &self,
+        batch: Batch,
+        tokens: u64,
+        span: &ScheduleSpan,
+        findings: &mut Findings,
+    ) -> Option<GrowthTrainingPlan> {
+        let growth = self.spec.stages[self.index].growth.as_ref();
+        let (Some(growth), Some(Shape { model, start: StageStart::Growth(plan), .. })) = (growth, &self.shape)
+        else {
+            return Some(GrowthTrainingPlan::default());
+        };
+        let (field, schedule_start_tokens) = (&*stage_field(self.index), span.start_tokens);
+        GrowthTrainingRequest { growth, plan, model, field, batch, tokens, schedule_start_tokens }
+            .resolve(findings)
     }
 }

@@ -6,16 +6,17 @@ use crate::quantity::TokenCount;
 use crate::spec::training::{CosineSchedule, ScheduleSpec, WsdSchedule};
 use std::fmt;
 
-/// The stage that a schedule runs over.
+/// What a schedule runs over: a stage, or several of which each continues the schedule of the one before.
 #[derive(Clone, Copy)]
 pub(super) struct StageLength<'a> {
+    /// In words: `stage small`.
     pub name: &'a str,
     pub tokens: u64,
 }
 
 impl fmt::Display for StageLength<'_> {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "stage {} ({} tokens)", self.name, TokenCount(self.tokens))
+        write!(formatter, "{} ({} tokens)", self.name, TokenCount(self.tokens))
     }
 }
 

@@ -1,8 +1,9 @@
 //! How a stage trains: the job's settings, the stage's overrides, and the sizes of batches.
 
 use super::error::Findings;
+use super::growth_training::ScheduleSpan;
 use super::schedule::{StageLength, resolve_schedule};
-use super::{CheckpointPlan, EvaluationPlan, TrainingPlan};
+use super::{CheckpointPlan, EvaluationPlan, GrowthTrainingPlan, SchedulePlan, TrainingPlan};
 use crate::quantity::TokenCount;
 use crate::spec::policy::{CheckpointSpec, EvaluationSpec};
 use crate::spec::stage::{StageAdamWSpec, StageSpec, StageTrainingSpec};
@@ -87,12 +88,21 @@ fn check(message: String, place: String, findings: &mut Findings) -> Option<()> 
     None
 }
 
-/// How a stage of so many tokens trains.
+/// What is resolved beside the settings of a stage.
+pub(super) struct ScheduledStage<'a> {
+    /// What its schedule runs over.
+    pub span: &'a ScheduleSpan,
+    /// The stage whose schedule that is, and its field.
+    pub scheduled_by: (&'a StageSpec, String),
+    pub after_growth: GrowthTrainingPlan,
+}
+
+/// How a stage trains.
 pub(super) fn resolve_training(
     training: &TrainingSpec,
     stage: &StageSpec,
     batch: Batch,
-    tokens: u64,
+    scheduled: ScheduledStage<'_>,
     field: &str,
     findings: &mut Findings,
 ) -> Option<TrainingPlan> {
@@ -105,10 +115,7 @@ pub(super) fn resolve_training(
     if seed.is_none() {
         findings.error("spec.training.seed", format!("{} is negative; use 0 or more", training.seed));
     }
-    let schedule_place = place(field, over.schedule.is_some(), "schedule");
-    let schedule = over.schedule.as_ref().unwrap_or(&training.schedule);
-    let schedule =
-        resolve_schedule(schedule, StageLength { name: &stage.name, tokens }, &schedule_place, findings);
+    let schedule = scheduled.schedule(training, findings);
     Some(TrainingPlan {
         sequence_length: training.sequence_length,
         global_batch_tokens: batch.global,
@@ -119,7 +126,18 @@ pub(super) fn resolve_training(
         gradient_clip: gradient_clip?,
         seed: seed?,
         reproducible: training.reproducible,
+        after_growth: scheduled.after_growth,
     })
+}
+
+impl ScheduledStage<'_> {
+    fn schedule(&self, training: &TrainingSpec, findings: &mut Findings) -> Option<SchedulePlan> {
+        let (stage, field) = &self.scheduled_by;
+        let over = stage.training.as_ref().and_then(|over| over.schedule.as_ref());
+        let place = place(field, over.is_some(), "schedule");
+        let length = StageLength { name: &self.span.name, tokens: self.span.tokens };
+        resolve_schedule(over.unwrap_or(&training.schedule), length, &place, findings)
+    }
 }
 
 impl AdamWSpec {

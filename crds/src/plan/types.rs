@@ -1,5 +1,6 @@
 //! What a resolved job looks like: everything a trainer needs for one stage, with nothing left to default.
 
+use super::GrowthTrainingPlan;
 use super::growth_learn::LearnPlan;
 use crate::spec::data::DataSpec;
 use crate::spec::storage::StorageSpec;
@@ -328,6 +329,9 @@ pub struct TrainingPlan {
     pub seed: u64,
     /// Whether any number of ranks must compute the same bits.
     pub reproducible: bool,
+    /// What is special because the stage has grown.
+    #[serde(default, skip_serializing_if = "GrowthTrainingPlan::is_ordinary")]
+    pub after_growth: GrowthTrainingPlan,
 }
 
 impl TrainingPlan {
@@ -337,7 +341,8 @@ impl TrainingPlan {
     }
 }
 
-/// A learning-rate schedule with every length in tokens of this stage. The peak is `adam_w.learning_rate`.
+/// A learning-rate schedule with every length in tokens: of this stage, or of all stages that it runs over
+/// (`after_growth.schedule_start_tokens` is where this one begins). The peak is `adam_w.learning_rate`.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq)]
 #[serde(rename_all = "camelCase", tag = "kind")]
 pub enum SchedulePlan {
@@ -358,7 +363,7 @@ pub enum SchedulePlan {
         warmup_tokens: u64,
         /// Linear decay.
         decay_tokens: u64,
-        /// End of the stage.
+        /// End of the last stage that it runs over.
         end_tokens: u64,
         /// Final share of the peak.
         min_ratio: f64,
@@ -411,9 +416,10 @@ pub struct ParameterCounts {
 #[derive(Serialize, Deserialize, Debug, Clone, Copy, Default, PartialEq)]
 #[serde(rename_all = "camelCase")]
 pub struct FlopCount {
-    /// 6 N D with the non-embedding N, as the paper counts.
+    /// 6 N D with the non-embedding N, as the paper counts, whatever is frozen.
     pub six_nd: f64,
-    /// Every multiply-add of every matrix product, output head and causal attention included, times two.
+    /// Every multiply-add of every matrix product, output head and causal attention included, times two. What is frozen
+    /// saves its share.
     pub exact: f64,
 }
 

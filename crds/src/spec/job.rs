@@ -91,6 +91,10 @@ use serde::{Deserialize, Serialize};
         "!has(self.model.maxPositionEmbeddings) || self.training.sequenceLength <= self.model.maxPositionEmbeddings"
     )
     .message("training.sequenceLength is longer than model.maxPositionEmbeddings; lower the one or raise the other"),
+    validation = Rule::new(
+        "!self.stages.exists(s, has(s.growth) && has(s.growth.freeze) && s.growth.freeze == 'SourceButHead') || !((has(self.stages[0].model) && has(self.stages[0].model.tieWordEmbeddings)) ? self.stages[0].model.tieWordEmbeddings : (has(self.model.tieWordEmbeddings) && self.model.tieWordEmbeddings))"
+    )
+    .message("freeze: SourceButHead trains the head, but with tieWordEmbeddings the head is the embedding; use freeze: Source, or untie them"),
     // Sixteen indices are all there are; joining the names instead exceeds the API server's cost budget.
     validation = Rule::new(
         "[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15].all(i, i >= oldSelf.stages.size() || (i < self.stages.size() && self.stages[i].name == oldSelf.stages[i].name))"

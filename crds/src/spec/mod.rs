@@ -1,6 +1,7 @@
 //! The desired state: what a user writes.
 
 pub mod data;
+pub mod factor;
 mod job;
 pub mod model;
 pub mod policy;

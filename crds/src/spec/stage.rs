@@ -1,9 +1,12 @@
 //! Stages and growth.
 
+use super::factor::GrowthFactor;
 use super::model::ModelSpec;
 use super::schema::without_descriptions;
 use super::training::ScheduleSpec;
-use crate::plan::{GrowthOperator, LayerOrder, OptimizerStatePolicy, WidthSplit};
+use crate::plan::{
+    Freeze, GrowthOperator, LayerOrder, OptimizerStatePolicy, ScheduleAcrossGrowth, WidthSplit,
+};
 use crate::quantity::{StageTokens, TokenCount};
 use k8s_openapi::api::core::v1::{ResourceRequirements, Toleration};
 use kube::KubeSchema;
@@ -52,6 +55,10 @@ pub const DEFAULT_LEARN_STEPS: u32 = 100;
         "!has(self.growth) || !has(self.model) || self.growth.operator in ['ZeroWidth', 'RandomDepth', 'RandomWidth'] || !has(self.model.initializer)"
     )
     .message("in a stage that grows, initializer belongs to operators ZeroWidth, RandomDepth and RandomWidth: remove it from the stage's model"),
+    validation = Rule::new(
+        "!has(self.growth) || !has(self.growth.schedule) || self.growth.schedule != 'Continue' || !has(self.training) || !has(self.training.schedule)"
+    )
+    .message("with growth.schedule: Continue the stage goes on in the schedule of the one before: remove training.schedule, or growth.schedule"),
     validation = Rule::new(
         "has(self.model) == has(oldSelf.model) && (!has(self.model) || self.model == oldSelf.model)"
     )
@@ -132,16 +139,24 @@ pub struct StageSpec {
         "!(self.operator in ['LearnDepth', 'LearnWidth']) || !has(self.optimizerState) || self.optimizerState == 'Reset'"
     )
     .message("LearnDepth and LearnWidth mix weights, and moments of a mixture are not defined: use optimizerState Reset"),
+    validation = Rule::new(
+        "!has(self.freeze) || self.freeze == 'Nothing' || (!self.operator.startsWith('Learn') && (!self.operator.endsWith('Width') || has(self.depth)))"
+    )
+    .message("freeze trains new layers only, and neither a growth of the width nor a learned one has any: remove freeze, or add depth to the width"),
+    validation = Rule::new("!has(self.freezeTokens) || (has(self.freeze) && self.freeze != 'Nothing')")
+        .message("freezeTokens says how long something is frozen: set freeze to Source or SourceButHead, or remove it"),
+    validation = Rule::new("!has(self.rewarmTokens) || (has(self.schedule) && self.schedule == 'Continue')")
+        .message("rewarmTokens belongs to schedule: Continue; a schedule that restarts has warmupTokens, set those instead"),
 )]
 pub struct GrowthSpec {
     /// Depth: Stack, Interleave, LayerMap, ZeroDepth, RandomDepth, LearnDepth. Width: DirectWidth, ZeroWidth,
     /// RandomWidth, LearnWidth. docs/growth.md describes each.
     pub operator: GrowthOperator,
     /// How many times the layers (operators of the depth), or hiddenSize, intermediateSize and both numbers of heads
-    /// (operators of the width) are multiplied. The stage's model can say it instead.
+    /// (operators of the width) are multiplied; auto is the paper's guideline, four times the parameters. The stage's
+    /// model can say it instead.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 2, max = 64))]
-    pub factor: Option<u32>,
+    pub factor: Option<GrowthFactor>,
     /// Source layers of LayerMap.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layer_map: Option<LayerMapSpec>,
@@ -171,6 +186,35 @@ pub struct GrowthSpec {
     /// What becomes of the optimizer's moments. Default: Reset.
     #[serde(default)]
     pub optimizer_state: OptimizerStatePolicy,
+    /// What does not train after the growth. With Source new layers alone train, with SourceButHead the final norm and
+    /// the head too. Default: Nothing.
+    #[serde(default)]
+    pub freeze: Freeze,
+    /// Tokens of the stage after which everything trains. Default: the tokens of the stage.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub freeze_tokens: Option<TokenCount>,
+    /// Whether the stage has a learning-rate schedule of its own, or goes on in that of the stage before. Default: Restart.
+    #[serde(default)]
+    pub schedule: ScheduleAcrossGrowth,
+    /// With schedule Continue, tokens over which the learning rate rises again, linearly from 0. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rewarm_tokens: Option<TokenCount>,
+    /// Another learning rate for the parameters that the growth has added.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub new_parameters: Option<NewParametersSpec>,
+}
+
+/// Learning rate of the parameters that a growth has added: new layers, and new rows and columns (SPARKLING, arXiv
+/// 2602.02472).
+#[derive(Serialize, Deserialize, Debug, Clone, Copy, PartialEq, JsonSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct NewParametersSpec {
+    /// Their learning rate as a multiple of that of all others: 1.3 in SPARKLING.
+    #[schemars(range(min = 0.0, max = 100.0))]
+    pub learning_rate_ratio: f64,
+    /// Tokens over which the multiple goes from 1 to that. Default: 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ramp_tokens: Option<TokenCount>,
 }
 
 /// The source layer of every target layer; exactly one member beside zeroOutput.
@@ -296,10 +340,9 @@ impl Default for LearnSpec {
 pub struct DepthGrowthSpec {
     /// Stack, Interleave, LayerMap, ZeroDepth, or beside LearnWidth LearnDepth.
     pub operator: GrowthOperator,
-    /// How many times the layers are multiplied.
+    /// How many times the layers are multiplied; auto is 2, for the width multiplies the parameters already.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schemars(range(min = 2, max = 64))]
-    pub factor: Option<u32>,
+    pub factor: Option<GrowthFactor>,
 }
 
 /// Given weights.

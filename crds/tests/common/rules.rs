@@ -340,6 +340,59 @@ pub fn creation_cases() -> Vec<Case> {
             ),
         ),
         case(
+            "with growth.schedule: Continue the stage goes on in the schedule of the one before",
+            vec![
+                ("/spec/stages/1/growth/schedule", json!("Continue")),
+                ("/spec/stages/1/training", json!({"gradientClip": 0.5})),
+            ],
+            vec![
+                ("/spec/stages/1/growth/schedule", json!("Continue")),
+                ("/spec/stages/1/training", json!({"schedule": {"constant": {}}})),
+            ],
+        ),
+        case(
+            "freeze trains new layers only",
+            replace(
+                "/spec/stages/1/growth",
+                json!({
+                    "operator": "DirectWidth", "factor": 2, "depth": {"operator": "Stack", "factor": 2},
+                    "freeze": "Source",
+                }),
+            ),
+            replace(
+                "/spec/stages/1/growth",
+                json!({"operator": "DirectWidth", "factor": 2, "freeze": "Source"}),
+            ),
+        ),
+        case(
+            "freezeTokens says how long something is frozen",
+            vec![
+                ("/spec/stages/1/growth/freeze", json!("SourceButHead")),
+                ("/spec/stages/1/growth/freezeTokens", json!("1M")),
+            ],
+            replace("/spec/stages/1/growth/freezeTokens", json!("1M")),
+        ),
+        case(
+            "rewarmTokens belongs to schedule: Continue",
+            vec![
+                ("/spec/stages/1/growth/schedule", json!("Continue")),
+                ("/spec/stages/1/growth/rewarmTokens", json!("1M")),
+            ],
+            replace("/spec/stages/1/growth/rewarmTokens", json!("1M")),
+        ),
+        case(
+            "freeze: SourceButHead trains the head, but with tieWordEmbeddings",
+            vec![
+                ("/spec/stages/1/growth/freeze", json!("SourceButHead")),
+                ("/spec/model/tieWordEmbeddings", json!(true)),
+                ("/spec/stages/0/model/tieWordEmbeddings", json!(false)),
+            ],
+            vec![
+                ("/spec/stages/1/growth/freeze", json!("SourceButHead")),
+                ("/spec/model/tieWordEmbeddings", json!(true)),
+            ],
+        ),
+        case(
             "minReplicas is larger than maxReplicas",
             replace("/spec/stages/1/elastic", json!({"minReplicas": 2, "maxReplicas": 2})),
             replace("/spec/stages/1/elastic", json!({"minReplicas": 3, "maxReplicas": 2})),
@@ -452,6 +505,16 @@ pub fn update_cases() -> Vec<Case> {
             "the growth of a stage cannot be changed",
             replace("/spec/failurePolicy/maxRestarts", json!(1)),
             replace("/spec/stages/1/growth/factor", json!(2)),
+        ),
+        case(
+            "the growth of a stage cannot be changed",
+            replace("/spec/stages/1/growth/freeze", json!("Nothing")),
+            replace("/spec/stages/1/growth/freeze", json!("Source")),
+        ),
+        case(
+            "the growth of a stage cannot be changed",
+            replace("/spec/stages/1/growth/schedule", json!("Restart")),
+            replace("/spec/stages/1/growth/newParameters", json!({"learningRateRatio": 1.3})),
         ),
         case(
             "initFrom cannot be changed",

@@ -3,13 +3,14 @@
 use super::{End, Options, eval::absolute, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::{
-    CheckpointGrowth, GrowthOperator, GrowthPlan, Initializer, JobPlan, LayerOrder, OptimizerStatePolicy,
-    StageStart, WidthSplit, resolve_checkpoint_growth,
+    CheckpointGrowth, Freeze, GrowthOperator, GrowthPlan, Initializer, JobPlan, LayerOrder,
+    OptimizerStatePolicy, ScheduleAcrossGrowth, StageStart, WidthSplit, resolve_checkpoint_growth,
 };
 use growth_crds::protocol::{
     GrowthMeasurement, GrowthRecord, GrowthSample, LearnRecord, Outcome, checkpoint_status,
 };
 use growth_crds::spec::data::DataSource;
+use growth_crds::spec::factor::GrowthFactor;
 use growth_crds::spec::model::ModelSpec;
 use growth_crds::spec::stage::{
     DEFAULT_LEARN_STEPS, DepthGrowthSpec, DirectWidthSpec, GrowthSpec, LayerMapSpec, LearnSpec, LlamaProSpec,
@@ -68,9 +69,9 @@ pub struct Arguments {
     /// Growth operator
     #[arg(long, default_value = "Stack", value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "DirectWidth", "ZeroWidth", "RandomDepth", "RandomWidth", "LearnDepth", "LearnWidth"])]
     operator: String,
-    /// How often the layers are repeated, or how many times as wide the model becomes
+    /// How often the layers are repeated, or how many times as wide the model becomes; auto: the paper's guideline
     #[arg(long, conflicts_with = "map")]
-    factor: Option<u32>,
+    factor: Option<GrowthFactor>,
     #[command(flatten)]
     map: MapArguments,
     /// LayerMap of LLaMA Pro: copies after each group
@@ -90,9 +91,9 @@ pub struct Arguments {
     /// With an operator of the width: one of the depth for the same step
     #[arg(long, value_parser = ["Stack", "Interleave", "LayerMap", "ZeroDepth", "LearnDepth"])]
     depth_operator: Option<String>,
-    /// How often the depth's operator repeats the layers
+    /// How often the depth's operator repeats the layers, or auto
     #[arg(long, requires = "depth_operator")]
-    depth_factor: Option<u32>,
+    depth_factor: Option<GrowthFactor>,
     #[command(flatten)]
     learn: LearnArguments,
     /// Share of noise mixed into all matrices at the end
@@ -314,6 +315,12 @@ fn resolve(arguments: &Arguments, folder: &HuggingFaceFolder) -> anyhow::Result<
             true => OptimizerStatePolicy::Keep,
             false => OptimizerStatePolicy::Reset,
         },
+        // How a stage trains afterwards is nothing that a checkpoint holds.
+        freeze: Freeze::default(),
+        freeze_tokens: None,
+        schedule: ScheduleAcrossGrowth::default(),
+        rewarm_tokens: None,
+        new_parameters: None,
     };
     let growth =
         CheckpointGrowth { growth: &growth, model: &model, source: folder.config(), seed: arguments.seed };

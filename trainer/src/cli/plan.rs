@@ -4,7 +4,7 @@ use super::{End, Options, load_job, print_json};
 use anyhow::{Context, ensure};
 use comfy_table::{CellAlignment, Table, presets};
 use growth_crds::plan::guideline::{self, Guide};
-use growth_crds::plan::{GrowthPlan, JobPlan, StagePlan, StageStart, WidthMap};
+use growth_crds::plan::{FreezePlan, GrowthPlan, JobPlan, StagePlan, StageStart, TrainingPlan, WidthMap};
 use growth_crds::quantity::TokenCount;
 use growth_trainer::progress::{bytes, count};
 use std::path::PathBuf;
@@ -186,6 +186,29 @@ fn describe_growth(growth: &GrowthPlan) -> String {
     format!("{text}, optimizer state {:?}", growth.optimizer_state)
 }
 
+/// What is special about the training after a growth, one line each.
+fn describe_after_growth(training: &TrainingPlan) -> String {
+    let special = &training.after_growth;
+    let mut text = String::new();
+    if special.schedule_start_tokens > 0 || special.rewarm_tokens > 0 {
+        text += &format!("  schedule      goes on from token {}", special.schedule_start_tokens);
+        if special.rewarm_tokens > 0 {
+            text += &format!(", warmed up again over {}", special.rewarm_tokens);
+        }
+        text += "\n";
+    }
+    if let Some(FreezePlan { layers, head, tokens }) = &special.freeze {
+        let head = if *head { ", final norm and head" } else { "" };
+        text +=
+            &format!("  trains        layers {layers:?}{head} until token {tokens}, the rest is frozen\n");
+    }
+    if let Some(new) = &special.new_parameters {
+        let (ratio, ramp) = (new.learning_rate_ratio, new.ramp_tokens);
+        text += &format!("  new weights   {ratio} times the learning rate, over {ramp} tokens\n");
+    }
+    text
+}
+
 fn describe(stage: &StagePlan) -> String {
     let start = match &stage.start {
         StageStart::Random { initializer } => format!("random weights ({initializer:?})"),
@@ -198,7 +221,7 @@ fn describe(stage: &StagePlan) -> String {
     let (model, training, memory) = (&stage.model, &stage.training, &stage.memory);
     format!(
         "{}\n  starts from   {start}\n  model         hidden {}, {} heads ({} kv) of {}, intermediate {}, vocabulary \
-         {}\n  batch         {} tokens in micro-batches of {}, sequences of {}\n  data          from token {}\n  \
+         {}\n  batch         {} tokens in micro-batches of {}, sequences of {}\n  data          from token {}\n{}  \
          memory        weights {}, gradients {}, moments {}, activations {}, checkpoint copy {}, between ranks {}, masked weights {}{ramp}",
         stage.stage,
         model.hidden_size,
@@ -211,6 +234,7 @@ fn describe(stage: &StagePlan) -> String {
         training.micro_batch_tokens,
         training.sequence_length,
         stage.first_token,
+        describe_after_growth(training),
         bytes(memory.weights_bytes),
         bytes(memory.gradients_bytes),
         bytes(memory.optimizer_bytes),

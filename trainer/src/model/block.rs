@@ -36,6 +36,9 @@ pub struct BlockGradients<'a> {
     pub gate_up: &'a mut [f32],
     /// [hidden, ffn]
     pub down: &'a mut [f32],
+    /// Whether the matrices' are wanted. Of a frozen layer they are not, and cost nothing; the gains' come with the
+    /// gradient of the input.
+    pub of_matrices: bool,
 }
 
 /// `out` [rows, hidden] from `a.input` [rows, hidden]; keeps in `a` what [`backward`] needs.
@@ -63,7 +66,7 @@ pub fn forward(
 }
 
 /// Turns `d_residual` [rows, hidden], the gradient of the block's output, into that of its input, and writes the
-/// gradients of the weights. Uses up `a.gate_up`.
+/// gradients of the weights that are wanted. Uses up `a.gate_up`.
 pub fn backward(
     d_residual: &mut [f32],
     d_w: &mut BlockGradients<'_>,
@@ -75,9 +78,11 @@ pub fn backward(
 ) {
     linear::backward_input(&mut s.mlp, d_residual, w.down, sizes.down());
     swiglu::backward_in_place(&mut a.gate_up, &mut s.mlp, sizes.ffn);
-    linear::backward_weight(d_w.down, d_residual, &s.mlp, sizes.down());
-    rmsnorm::recompute(&mut s.norm, &a.middle_inverse_rms, &a.middle, w.post_norm);
-    linear::backward_weight(d_w.gate_up, &a.gate_up, &s.norm, sizes.gate_up());
+    if d_w.of_matrices {
+        linear::backward_weight(d_w.down, d_residual, &s.mlp, sizes.down());
+        rmsnorm::recompute(&mut s.norm, &a.middle_inverse_rms, &a.middle, w.post_norm);
+        linear::backward_weight(d_w.gate_up, &a.gate_up, &s.norm, sizes.gate_up());
+    }
     linear::backward_input(&mut s.d_norm, &a.gate_up, w.gate_up, sizes.gate_up());
     let partial = &mut s.partial_gains;
     rmsnorm::backward(
@@ -90,14 +95,18 @@ pub fn backward(
         w.post_norm,
     );
 
-    attention::merge_heads(&mut s.context_rows, &a.context, &sizes.heads);
-    linear::backward_weight(d_w.o, d_residual, &s.context_rows, sizes.o());
+    if d_w.of_matrices {
+        attention::merge_heads(&mut s.context_rows, &a.context, &sizes.heads);
+        linear::backward_weight(d_w.o, d_residual, &s.context_rows, sizes.o());
+    }
     linear::backward_input(&mut s.context_rows, d_residual, w.o, sizes.o());
     attention::unmerge_heads(&mut s.d_context, &s.context_rows, &sizes.heads);
     attention::backward(&mut s.d_qkv, &s.d_context, &a.context, &a.qkv, &a.log_sums, &sizes.heads);
     rope::split_heads_backward(&mut s.qkv_rows, &s.d_qkv, table, &sizes.heads);
-    rmsnorm::recompute(&mut s.norm, &a.input_inverse_rms, &a.input, w.input_norm);
-    linear::backward_weight(d_w.qkv, &s.qkv_rows, &s.norm, sizes.qkv());
+    if d_w.of_matrices {
+        rmsnorm::recompute(&mut s.norm, &a.input_inverse_rms, &a.input, w.input_norm);
+        linear::backward_weight(d_w.qkv, &s.qkv_rows, &s.norm, sizes.qkv());
+    }
     linear::backward_input(&mut s.d_norm, &s.qkv_rows, w.qkv, sizes.qkv());
     let partial = &mut s.partial_gains;
     rmsnorm::backward(

@@ -3,6 +3,7 @@
 use crate::model::activations::{Activations, Sizes};
 use crate::model::block::{self, BlockGradients, BlockWeights};
 use crate::model::layout::ParameterLayout;
+use crate::model::trainable::Trainable;
 use crate::ops::gemm::{Matrix, MatrixMut, Output, gemm};
 use crate::ops::rope::RopeTable;
 use crate::ops::{cross_entropy, embedding, rmsnorm};
@@ -14,6 +15,7 @@ pub struct Llama {
     config: ModelConfig,
     layout: ParameterLayout,
     table: RopeTable,
+    trainable: Trainable,
 }
 
 /// Token ids of a micro-batch: `batch` sequences of equal length, one after another.
@@ -32,7 +34,18 @@ impl Llama {
     pub fn new(config: ModelConfig, sequence: usize) -> Self {
         let layout = ParameterLayout::new(&config);
         let table = RopeTable::new(sequence, config.head_dim as usize, config.rope_theta);
-        Self { config, layout, table }
+        let trainable = Trainable::everything(layout.layers().len());
+        Self { config, layout, table, trainable }
+    }
+
+    /// What trains: at first everything.
+    pub fn trainable(&self) -> &Trainable {
+        &self.trainable
+    }
+
+    /// Freezes all but these parts.
+    pub fn train_only(&mut self, trainable: Trainable) {
+        self.trainable = trainable;
     }
 
     /// Its architecture.
@@ -51,7 +64,7 @@ impl Llama {
     }
 
     /// Forward and backward pass: overwrites `gradients` with those of `scale` times the sum of the token losses,
-    /// and returns that sum (not scaled), in nats.
+    /// and returns that sum (not scaled), in nats. What stands in the gradients of frozen parts means nothing.
     pub fn train(
         &self,
         gradients: &mut [f32],
@@ -64,7 +77,7 @@ impl Llama {
     }
 
     /// [`Llama::train`], which calls `ready` with the number of each bucket ([`ParameterLayout::buckets`]) and all
-    /// gradients as soon as those of the bucket are complete: the last one first.
+    /// gradients as soon as those of the bucket are complete: the last one first. Frozen ones are left out.
     pub fn train_with(
         &self,
         gradients: &mut [f32],
@@ -78,11 +91,14 @@ impl Llama {
         self.forward(activations, parameters, tokens, &sizes);
         self.final_norm(activations, parameters, &sizes);
         let a = activations;
+        let trainable = &self.trainable;
+        let tied = self.config.tie_word_embeddings;
+        let head_trains = if tied { trainable.embedding } else { trainable.head };
         // The gradient of the final norm's output, then of its input.
         cross_entropy::forward_backward(
             &mut a.losses,
             &mut a.scratch.d_norm,
-            &mut gradients[self.layout.head()],
+            head_trains.then(|| &mut gradients[self.layout.head()]),
             &mut a.logits,
             &a.scratch.norm,
             self.head(parameters),
@@ -99,8 +115,10 @@ impl Llama {
             &a.output_inverse_rms,
             &parameters[self.layout.final_norm()],
         );
-        ready(sizes.layers + 1, gradients);
-        for layer in (0..sizes.layers).rev() {
+        if trainable.head {
+            ready(sizes.layers + 1, gradients);
+        }
+        for layer in (trainable.lowest_layer()..sizes.layers).rev() {
             let weights = self.weights(parameters, layer);
             let mut d_weights = self.gradients(gradients, layer);
             let kept = &mut a.blocks[layer];
@@ -113,15 +131,19 @@ impl Llama {
                 &self.table,
                 &sizes,
             );
-            ready(layer + 1, gradients);
+            if trainable.layers[layer] {
+                ready(layer + 1, gradients);
+            }
         }
-        let d_embedding = &mut gradients[self.layout.embedding()];
-        if !self.config.tie_word_embeddings {
-            // A tied embedding already holds the gradient of the head.
-            d_embedding.fill(0.0);
+        if trainable.embedding {
+            let d_embedding = &mut gradients[self.layout.embedding()];
+            if !tied {
+                // A tied embedding already holds the gradient of the head.
+                d_embedding.fill(0.0);
+            }
+            embedding::backward(d_embedding, &a.d_residual, tokens.ids, sizes.hidden);
+            ready(0, gradients);
         }
-        embedding::backward(d_embedding, &a.d_residual, tokens.ids, sizes.hidden);
-        ready(0, gradients);
         a.losses.iter().map(|loss| f64::from(*loss)).sum()
     }
 
@@ -207,6 +229,7 @@ impl Llama {
         #[expect(clippy::expect_used, reason = "the layout places tensors side by side")]
         let [input_norm, qkv, o, post_norm, gate_up, down] =
             gradients.get_disjoint_mut(ranges).expect("tensors of a layout do not overlap");
-        BlockGradients { input_norm, qkv, o, post_norm, gate_up, down }
+        let of_matrices = self.trainable.layers[layer];
+        BlockGradients { input_norm, qkv, o, post_norm, gate_up, down, of_matrices }
     }
 }

@@ -7,3 +7,4 @@ pub mod layout;
 pub mod llama;
 pub mod mask;
 pub(crate) mod part;
+pub mod trainable;

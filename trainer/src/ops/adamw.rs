@@ -29,15 +29,7 @@ pub struct AdamWStep {
 /// p -= lr wd p; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;
 /// p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + epsilon)
 pub fn update(p: &mut [f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], g: &[f32], step: &AdamWStep) {
-    let exponent = i32::try_from(step.step).unwrap_or(i32::MAX);
-    let correction1 = 1.0 - libm::pow(step.beta1, f64::from(exponent));
-    let correction2 = 1.0 - libm::pow(step.beta2, f64::from(exponent));
-    let keep = (1.0 - step.learning_rate * step.weight_decay) as f32;
-    let rate = (step.learning_rate / correction1) as f32;
-    let root_scale = (1.0 / correction2.sqrt()) as f32;
-    let (beta1, one_minus_beta1) = (step.beta1 as f32, (1.0 - step.beta1) as f32);
-    let (beta2, one_minus_beta2) = (step.beta2 as f32, (1.0 - step.beta2) as f32);
-    let (epsilon, scale) = (step.epsilon as f32, step.gradient_scale as f32);
+    let constants = Constants::of(step);
     (
         p.par_chunks_mut(CHUNK),
         exp_avg.par_chunks_mut(CHUNK),
@@ -45,15 +37,120 @@ pub fn update(p: &mut [f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], g: &[f
         g.par_chunks(CHUNK),
     )
         .into_par_iter()
-        .for_each(|(p, m, v, g)| {
-            for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
-                let g = g * scale;
-                *m = beta1.mul_add(*m, one_minus_beta1 * g);
-                *v = beta2.mul_add(*v, one_minus_beta2 * g * g);
-                let denominator = v.sqrt().mul_add(root_scale, epsilon);
-                *p = (*p * keep) - rate * (*m / denominator);
+        .for_each(|(p, m, v, g)| constants.update(p, m, v, g));
+}
+
+/// Which elements of a matrix are new: those in a new row or in a new column.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewElements {
+    /// Whether each row is new.
+    pub rows: Vec<bool>,
+    /// Whether each column is new.
+    pub columns: Vec<bool>,
+}
+
+impl NewElements {
+    /// Whether the element at this place of the flat matrix is new.
+    pub fn contains(&self, element: usize) -> bool {
+        let width = self.columns.len();
+        self.rows[element / width] || self.columns[element % width]
+    }
+}
+
+/// [`update`] of a part of a matrix that begins at its element `first`, where new elements have a learning rate of
+/// their own: `old` and `new` differ in that only.
+pub fn update_with_new(
+    [p, exp_avg, exp_avg_sq]: [&mut [f32]; 3],
+    g: &[f32],
+    first: usize,
+    elements: &NewElements,
+    [old, new]: [&AdamWStep; 2],
+) {
+    let [old, new] = [old, new].map(Constants::of);
+    let of_column = |value: fn(&Constants) -> f32| -> Vec<f32> {
+        elements.columns.iter().map(|is_new| value(if *is_new { &new } else { &old })).collect()
+    };
+    let (keep, rate) = (of_column(|constants| constants.keep), of_column(|constants| constants.rate));
+    let width = elements.columns.len();
+    (
+        p.par_chunks_mut(CHUNK),
+        exp_avg.par_chunks_mut(CHUNK),
+        exp_avg_sq.par_chunks_mut(CHUNK),
+        g.par_chunks(CHUNK),
+    )
+        .into_par_iter()
+        .enumerate()
+        .for_each(|(chunk, (p, m, v, g))| {
+            let mut done = 0;
+            while done < p.len() {
+                let at = first + chunk * CHUNK + done;
+                let (row, column) = (at / width, at % width);
+                let part = done..p.len().min(done + width - column);
+                done = part.end;
+                let (p, m, v, g) =
+                    (&mut p[part.clone()], &mut m[part.clone()], &mut v[part.clone()], &g[part]);
+                if elements.rows[row] {
+                    new.update(p, m, v, g);
+                } else {
+                    old.update_at(p, m, v, g, &keep[column..], &rate[column..]);
+                }
             }
         });
+}
+
+/// The numbers of a step as every element needs them.
+#[derive(Clone, Copy)]
+struct Constants {
+    keep: f32,
+    rate: f32,
+    root_scale: f32,
+    beta1: f32,
+    one_minus_beta1: f32,
+    beta2: f32,
+    one_minus_beta2: f32,
+    epsilon: f32,
+    scale: f32,
+}
+
+impl Constants {
+    fn of(step: &AdamWStep) -> Self {
+        let exponent = i32::try_from(step.step).unwrap_or(i32::MAX);
+        let correction1 = 1.0 - libm::pow(step.beta1, f64::from(exponent));
+        let correction2 = 1.0 - libm::pow(step.beta2, f64::from(exponent));
+        Self {
+            keep: (1.0 - step.learning_rate * step.weight_decay) as f32,
+            rate: (step.learning_rate / correction1) as f32,
+            root_scale: (1.0 / correction2.sqrt()) as f32,
+            beta1: step.beta1 as f32,
+            one_minus_beta1: (1.0 - step.beta1) as f32,
+            beta2: step.beta2 as f32,
+            one_minus_beta2: (1.0 - step.beta2) as f32,
+            epsilon: step.epsilon as f32,
+            scale: step.gradient_scale as f32,
+        }
+    }
+
+    fn update(self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32]) {
+        for (((p, m), v), g) in p.iter_mut().zip(m).zip(v).zip(g) {
+            self.element(p, m, v, *g, self.keep, self.rate);
+        }
+    }
+
+    /// With a decay and a rate for every element.
+    fn update_at(self, p: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], keep: &[f32], rate: &[f32]) {
+        for (((((p, m), v), g), keep), rate) in p.iter_mut().zip(m).zip(v).zip(g).zip(keep).zip(rate) {
+            self.element(p, m, v, *g, *keep, *rate);
+        }
+    }
+
+    #[inline(always)]
+    fn element(self, p: &mut f32, m: &mut f32, v: &mut f32, g: f32, keep: f32, rate: f32) {
+        let g = g * self.scale;
+        *m = self.beta1.mul_add(*m, self.one_minus_beta1 * g);
+        *v = self.beta2.mul_add(*v, self.one_minus_beta2 * g * g);
+        let denominator = v.sqrt().mul_add(self.root_scale, self.epsilon);
+        *p = (*p * keep) - rate * (*m / denominator);
+    }
 }
 
 #[cfg(test)]
@@ -123,5 +220,46 @@ mod tests {
         let (mut p, mut m, mut v) = ([2.0], [0.0], [0.0]);
         update(&mut p, &mut m, &mut v, &[0.0], &settings(1, 0.5, 1.0));
         assert_eq!((p, m, v), ([2.0 * (1.0f32 - 0.005)], [0.0], [0.0]));
+    }
+
+    #[test]
+    fn new_elements_have_the_bits_of_their_own_rate() {
+        let (rows, width) = (70, 517);
+        let elements = NewElements {
+            rows: (0..rows).map(|row| row % 7 > 4).collect(),
+            columns: (0..width).map(|column| column / 10 % 3 == 1).collect(),
+        };
+        let [old, new] = [1.0, 1.3].map(|ratio| {
+            let settings = settings(3, 0.1, 0.5);
+            AdamWStep { learning_rate: ratio * settings.learning_rate, ..settings }
+        });
+        // The whole matrix, and parts that begin and end inside rows.
+        for part in [0..rows * width, 1000..1001, 700..30_000] {
+            let len = part.len();
+            let state =
+                || [uniform(1, len), uniform(2, len), uniform(3, len).iter().map(|v| v.abs()).collect()];
+            let gradient = uniform(4, len);
+            let (mut mixed, mut all_old, mut all_new) = (state(), state(), state());
+            update_with_new(
+                mixed.each_mut().map(|x| &mut x[..]),
+                &gradient,
+                part.start,
+                &elements,
+                [&old, &new],
+            );
+            for ([p, m, v], step) in [(&mut all_old, &old), (&mut all_new, &new)] {
+                update(p, m, v, &gradient, step);
+            }
+            let mut found = [0; 2];
+            for (index, element) in part.enumerate() {
+                let is_new = elements.rows[element / width] || elements.columns[element % width];
+                let expected = if is_new { &all_new } else { &all_old };
+                assert_eq!(mixed[0][index].to_bits(), expected[0][index].to_bits(), "element {element}");
+                found[usize::from(is_new)] += 1;
+            }
+            assert!(mixed[1] == all_old[1] && mixed[2] == all_old[2], "moments know no rate");
+            assert!(len == 1 || found.iter().all(|count| *count > 100), "{found:?}");
+            assert!(all_old[0] != all_new[0]);
+        }
     }
 }

@@ -32,13 +32,13 @@ pub fn forward(
     }
 }
 
-/// As [`forward`], and overwrites `d_hidden` [rows, hidden] and `d_weight` [vocab, hidden] with the gradients of
-/// `scale * sum(losses)`.
+/// As [`forward`], and overwrites `d_hidden` [rows, hidden] and, where it is wanted, `d_weight` [vocab, hidden] with the
+/// gradients of `scale * sum(losses)`.
 #[expect(clippy::too_many_arguments, reason = "three outputs, one scratch, four inputs")]
 pub fn forward_backward(
     losses: &mut [f32],
     d_hidden: &mut [f32],
-    d_weight: &mut [f32],
+    mut d_weight: Option<&mut [f32]>,
     logits: &mut [f32],
     hidden: &[f32],
     weight: Matrix<'_>,
@@ -46,7 +46,7 @@ pub fn forward_backward(
     scale: f32,
 ) {
     let width = hidden.len() / targets.len();
-    let vocab = d_weight.len() / width;
+    let vocab = weight.rows();
     let mut output = Output::Overwrite;
     for (chunk, targets) in targets.chunks(CHUNK_ROWS).enumerate() {
         let (first, rows) = (chunk * CHUNK_ROWS, targets.len());
@@ -57,8 +57,10 @@ pub fn forward_backward(
         let d_logits = Matrix::new(logits, rows, vocab);
         let d_hidden = MatrixMut::new(&mut d_hidden[first * width..(first + rows) * width], rows, width);
         gemm(d_hidden, d_logits, weight, Output::Overwrite);
-        gemm(MatrixMut::new(d_weight, vocab, width), d_logits.t(), hidden, output);
-        output = Output::Accumulate;
+        if let Some(d_weight) = d_weight.as_deref_mut() {
+            gemm(MatrixMut::new(d_weight, vocab, width), d_logits.t(), hidden, output);
+            output = Output::Accumulate;
+        }
     }
 }
 
@@ -133,8 +135,11 @@ mod tests {
             let (mut d_hidden, mut d_weight) = (vec![f32::NAN; hidden.len()], vec![f32::NAN; weight.len()]);
             let mut again = vec![f32::NAN; rows];
             forward_backward(
-                &mut again, &mut d_hidden, &mut d_weight, &mut logits, &hidden, head, &targets, scale,
+                &mut again, &mut d_hidden, Some(&mut d_weight), &mut logits, &hidden, head, &targets, scale,
             );
+            let mut alone = vec![f32::NAN; hidden.len()];
+            forward_backward(&mut again, &mut alone, None, &mut logits, &hidden, head, &targets, scale);
+            prop_assert_eq!(&alone, &d_hidden);
             prop_assert_eq!(again, losses);
             let sum = |losses: Vec<f64>| f64::from(scale) * losses.iter().sum::<f64>();
             let of_hidden = gradient_error(&d_hidden, &hidden, |x| sum(reference(x, &weight64, &targets)));

@@ -33,6 +33,11 @@ impl<'a> Matrix<'a> {
         Self { data, rows, cols, row_stride, col_stride: 1 }
     }
 
+    /// Rows.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// The transposed matrix; moves nothing.
     pub fn t(self) -> Self {
         Self {

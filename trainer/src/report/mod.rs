@@ -74,9 +74,8 @@ impl StageReport {
         checkpoint: Option<String>,
         goodput: Goodput,
     ) -> Self {
-        let per_token = plan.flops.exact / plan.tokens.max(1) as f64;
         let curve = history.evaluations.iter().map(|evaluation| CurvePoint {
-            flops: flops_before + per_token * evaluation.tokens as f64,
+            flops: flops_before + plan.exact_flops(evaluation.tokens),
             loss: evaluation.loss,
         });
         Self {
@@ -86,7 +85,7 @@ impl StageReport {
             layers: plan.model.num_hidden_layers,
             tokens,
             target_tokens: plan.tokens,
-            flops: per_token * tokens as f64,
+            flops: plan.exact_flops(tokens),
             flops_before,
             training_seconds: history.training_seconds,
             validation_loss_before: history.first_loss(),

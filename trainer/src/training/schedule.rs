@@ -1,8 +1,20 @@
 //! The learning rate as a function of the tokens that a stage has consumed.
 
-use growth_crds::plan::SchedulePlan;
+use growth_crds::plan::{SchedulePlan, TrainingPlan};
 
-/// Learning rate of the step that begins after `tokens` tokens of the stage, for the peak `peak`.
+/// Learning rate of the step that begins after `tokens` tokens of a stage: that of its schedule at the tokens of the
+/// stages whose schedule it continues and its own, and after a growth with re-warm-up the share of it that has risen.
+pub fn stage_learning_rate(training: &TrainingPlan, tokens: u64) -> f64 {
+    let after_growth = &training.after_growth;
+    let position = after_growth.schedule_start_tokens.saturating_add(tokens);
+    let rate = learning_rate(&training.schedule, training.adam_w.learning_rate, position);
+    match after_growth.rewarm_tokens {
+        0 => rate,
+        rewarm => rate * share(tokens, rewarm),
+    }
+}
+
+/// Learning rate of the step that begins after `tokens` tokens of the schedule, for the peak `peak`.
 ///
 /// A warm-up rises linearly from 0 at the first step (the released code of "Stacking Your Transformers" does the
 /// same). Cosine: `min + (1 + cos(pi t)) / 2 (peak - min)` with t the share of the way from the end of the warm-up

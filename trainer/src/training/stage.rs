@@ -9,12 +9,13 @@ use crate::data::{DataError, Dataset, TrainingOrder};
 use crate::model::initializer::initialize;
 use crate::progress::{Reporter, Unit};
 use crate::storage::{Storage, StorageError, StorageOptions};
+use crate::training::after_growth::AfterGrowth;
 use crate::training::attempt::{Activity, AttemptRecord, Recorder};
 use crate::training::board::ProgressBoard;
 use crate::training::history::{EvaluationRecord, History, StepRecord};
 use crate::training::ramp::Ramp;
 use crate::training::resharding::{self, ReshardError};
-use crate::training::schedule::learning_rate;
+use crate::training::schedule::stage_learning_rate;
 use crate::training::step::{StepEngine, StepSettings, StepSizes};
 use bytes::Bytes;
 use growth_crds::plan::{StagePlan, StageStart, TrainingPlan, ranks};
@@ -294,6 +295,8 @@ impl<'a> StageRun<'a> {
             ));
         }
         let engine = StepEngine::new(plan.model.clone(), sizes_of(training), rank, world_size);
+        let special = AfterGrowth::of(plan, engine.model().layout());
+        let engine = engine.after_growth(special);
         let Start { state, history, growth_record, resumed } =
             start_state(inputs, &engine, collective, reporter)?;
         let location = CheckpointLocation {
@@ -384,12 +387,10 @@ impl<'a> StageRun<'a> {
         let begin = Instant::now();
         let waited = self.collective.waited();
         let training = &self.plan.training;
-        let sequence = u64::from(training.sequence_length);
         let own = self.engine.own_tokens().start as u64;
-        let first_sample = (self.plan.first_token + self.state.tokens + own) / sequence;
+        let first_sample = first_sample(self.plan, self.state.tokens, own);
         self.dataset.batch(&self.order, first_sample, &mut self.ids, &mut self.targets)?;
-        let learning_rate =
-            learning_rate(&training.schedule, training.adam_w.learning_rate, self.state.tokens);
+        let learning_rate = stage_learning_rate(training, self.state.tokens);
         let settings =
             StepSettings { adam_w: &training.adam_w, learning_rate, gradient_clip: training.gradient_clip };
         let report =
@@ -531,6 +532,12 @@ pub fn training_order(plan: &StagePlan, dataset: &Dataset) -> Result<TrainingOrd
     let weights: Vec<f64> = plan.data.train.iter().map(|source| source.weight).collect();
     let StagePlan { training, .. } = plan;
     Ok(TrainingOrder::new(dataset, &weights, training.sequence_length as usize, training.seed)?)
+}
+
+/// The sample with which a rank begins a step after `tokens` tokens of the stage, whose tokens begin `own` tokens into
+/// those of the step.
+pub fn first_sample(plan: &StagePlan, tokens: u64, own: u64) -> u64 {
+    (plan.first_token + tokens + own) / u64::from(plan.training.sequence_length)
 }
 
 /// Sizes of a step of the stage.

@@ -6,9 +6,11 @@ use crate::model::activations::{Activations, Sizes};
 use crate::model::layout::TensorKind;
 use crate::model::llama::{Llama, Tokens};
 use crate::model::mask::WeightMasks;
+use crate::model::trainable::Trainable;
 use crate::ops::adamw::{self, AdamWStep};
 use crate::ops::gradient::{GradientTree, unit_squares};
-use crate::training::shards::Shards;
+use crate::training::after_growth::{AfterGrowth, NewPart};
+use crate::training::shards::{Bucket, Shards};
 use growth_crds::plan::{ModelConfig, ranks};
 use growth_crds::spec::training::AdamWSpec;
 use std::ops::Range;
@@ -38,6 +40,7 @@ pub struct StepEngine {
     /// The micro-batches of this rank.
     share: Range<usize>,
     masked: Option<MaskedWeights>,
+    after_growth: AfterGrowth,
 }
 
 /// While masks of a growth are on, the model runs with weights of its own: the trained ones times their masks.
@@ -86,7 +89,13 @@ impl StepEngine {
         let share = share.start as usize..share.end as usize;
         let gradients = GradientTree::new(model.layout().total_len(), share.len());
         let shards = Shards::new(model.layout(), rank, world_size);
-        Self { model, activations, gradients, shards, sizes, share, masked: None }
+        let after_growth = AfterGrowth::default();
+        Self { model, activations, gradients, shards, sizes, share, masked: None, after_growth }
+    }
+
+    /// With what is special about the steps of a stage that has grown.
+    pub fn after_growth(self, after_growth: AfterGrowth) -> Self {
+        Self { after_growth, ..self }
     }
 
     /// From now on the model runs with the weights times these masks, or with the weights as they are. Training changes
@@ -134,26 +143,51 @@ impl StepEngine {
         targets: &[u32],
         settings: StepSettings<'_>,
     ) -> Result<StepReport, CollectiveError> {
+        self.choose_trainable(state.step);
         let losses = self.backward(collective, &state.parameters, ids, targets)?;
-        let gradients = self.gradients.finish();
-        for bucket in self.shards.buckets().iter().rev() {
+        let Self { model, gradients, shards, after_growth, masked, .. } = self;
+        let gradients = gradients.finish();
+        let buckets =
+            || shards.buckets().iter().enumerate().filter(|(index, _)| model.trainable().bucket(*index));
+        for (_, bucket) in buckets().rev() {
             collective.finish_reduce_scatter(gradients, &bucket.slices)?;
-            if let Some(masked) = &self.masked {
-                let own = bucket.slices[self.shards.rank()].clone();
+            if let Some(masked) = masked {
+                let own = bucket.slices[shards.rank()].clone();
                 masked.masks.scale(own.start, &mut gradients[own]);
             }
         }
-        let report = measure(collective, &self.shards, &losses, gradients, self.sizes.global_batch_tokens)?;
+        let trained: Vec<&Bucket> = buckets().map(|(_, bucket)| bucket).collect();
+        let report = measure(
+            collective,
+            (&trained, shards.rank()),
+            &losses,
+            gradients,
+            self.sizes.global_batch_tokens,
+        )?;
         state.optimizer_step += 1;
-        let update = Update { model: &self.model, shards: &self.shards, settings, report };
-        for (index, bucket) in self.shards.buckets().iter().enumerate() {
+        let update = Update { model, shards, settings, report, after_growth };
+        for (index, bucket) in buckets() {
             update.bucket(index, state, gradients);
             collective.start_all_gather(&state.parameters, &bucket.slices)?;
         }
-        for bucket in self.shards.buckets() {
+        for bucket in trained {
             collective.finish_all_gather(&mut state.parameters, &bucket.slices)?;
         }
         Ok(report)
+    }
+
+    /// Freezes what the stage freezes after so many steps.
+    fn choose_trainable(&mut self, step: u64) {
+        match self.after_growth.trainable(step) {
+            Some(trainable) if trainable != self.model.trainable() => {
+                self.model.train_only(trainable.clone())
+            }
+            None if self.after_growth.freezes() => {
+                let layers = self.model.layout().layers().len();
+                self.model.train_only(Trainable::everything(layers));
+            }
+            _ => {}
+        }
     }
 
     /// Runs this rank's micro-batches and returns the sums of their losses. In the last one each bucket of gradients goes
@@ -225,16 +259,15 @@ impl StepEngine {
     }
 }
 
-/// Loss and gradient norm of all ranks, each summed in one fixed order.
+/// Loss, and gradient norm over the buckets that train, of all ranks, each summed in one fixed order.
 fn measure(
     collective: &mut dyn Collective,
-    shards: &Shards,
+    (buckets, rank): (&[&Bucket], usize),
     losses: &[f64],
     gradients: &[f32],
     tokens: usize,
 ) -> Result<StepReport, CollectiveError> {
-    let rank = shards.rank();
-    let squares = shards.buckets().iter().map(|bucket| unit_squares(&gradients[bucket.slices[rank].clone()]));
+    let squares = buckets.iter().map(|bucket| unit_squares(&gradients[bucket.slices[rank].clone()]));
     let squares: Vec<Vec<f64>> = squares.collect();
     // How many losses, the losses, the squares of all buckets.
     let mine = [&[losses.len() as f64], losses, &squares.concat()].concat();
@@ -249,7 +282,7 @@ fn measure(
         loss = numbers.by_ref().take(count).fold(loss, |sum, loss| sum + loss);
     }
     let mut square = 0.0;
-    for bucket in shards.buckets() {
+    for bucket in buckets {
         for (numbers, slice) in by_rank.iter_mut().zip(&bucket.slices) {
             let units = slice.len().div_ceil(crate::ops::gradient::UNIT);
             square = numbers.by_ref().take(units).fold(square, |sum, square| sum + square);
@@ -264,6 +297,7 @@ struct Update<'a> {
     shards: &'a Shards,
     settings: StepSettings<'a>,
     report: StepReport,
+    after_growth: &'a AfterGrowth,
 }
 
 impl Update<'_> {
@@ -271,16 +305,27 @@ impl Update<'_> {
         let bucket = &self.shards.buckets()[index];
         let tensors = self.model.layout().tensors();
         let first = tensors.partition_point(|tensor| tensor.offset < bucket.range.start);
-        for tensor in tensors[first..].iter().take_while(|tensor| tensor.offset < bucket.range.end) {
+        let here = tensors.iter().enumerate().skip(first);
+        let step = state.optimizer_step - self.after_growth.missed_steps(index, state.step);
+        for (position, tensor) in here.take_while(|(_, tensor)| tensor.offset < bucket.range.end) {
             let part = self.shards.part(&tensor.range(), self.shards.rank());
             let own = self.shards.own(&part);
-            adamw::update(
-                &mut state.parameters[part.clone()],
-                &mut state.exp_avg[own.clone()],
-                &mut state.exp_avg_sq[own],
-                &gradients[part],
-                &self.numbers(tensor.kind, state.optimizer_step),
-            );
+            let (p, m) = (&mut state.parameters[part.clone()], &mut state.exp_avg[own.clone()]);
+            let (v, g) = (&mut state.exp_avg_sq[own], &gradients[part.clone()]);
+            let numbers = self.numbers(tensor.kind, step);
+            let Some((new, ratio)) = self.after_growth.new_part(position, state.tokens) else {
+                adamw::update(p, m, v, g, &numbers);
+                continue;
+            };
+            let new_numbers = AdamWStep { learning_rate: ratio * numbers.learning_rate, ..numbers };
+            match new {
+                NewPart::Nothing => adamw::update(p, m, v, g, &numbers),
+                NewPart::All => adamw::update(p, m, v, g, &new_numbers),
+                NewPart::Elements(elements) => {
+                    let first = part.start - tensor.offset;
+                    adamw::update_with_new([p, m, v], g, first, elements, [&numbers, &new_numbers]);
+                }
+            }
         }
     }
 

@@ -139,6 +139,7 @@ fn random_growth(config: &ModelConfig) -> GrowthPlan {
         from_stage: "small".to_owned(),
         operator: GrowthOperator::RandomWidth,
         layers: (0..old).collect(),
+        learn: None,
         new_layers: (count > 0).then_some(NewLayersPlan { count, initializer, seed }),
         zero_output: Vec::new(),
         width: Some(Box::new(WidthPlan {
