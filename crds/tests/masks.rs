@@ -184,7 +184,7 @@ fn every_mistake_says_what_to_do() {
                 ("/spec/stages/1/growth", json!({"operator": "RandomDepth"})),
                 ("/spec/stages/1/model", json!({"numHiddenLayers": 2})),
             ],
-            "spec.stages[1].model.numHiddenLayers: 2 layers cannot be made by adding to the 2 that grow; use 3 to 1024",
+            "spec.stages[1].model.numHiddenLayers: 2 layers are no more than the 2 that grow; use more",
         ),
         (
             vec![

@@ -682,7 +682,7 @@ fn every_mistake_says_what_to_do() {
                 ("/spec/stages/1/growth", json!({"operator": "LearnDepth"})),
                 ("/spec/stages/1/model", json!({"numHiddenLayers": 2})),
             ],
-            "spec.stages[1].model.numHiddenLayers: LearnDepth makes more than the 2 layers of the source, and at most 1024, but this says 2",
+            "spec.stages[1].model.numHiddenLayers: 2 layers are no more than the 2 that grow; use more",
         ),
         (
             vec![("/spec/stages/1/growth", json!({"operator": "LearnWidth"}))],
