@@ -215,14 +215,15 @@ fn describe(stage: &StagePlan) -> String {
         StageStart::Checkpoint { uri } => format!("weights of {uri}"),
         StageStart::Growth(growth) => describe_growth(growth),
     };
-    let ramp = stage
-        .mask_ramp_tokens
-        .map_or(String::new(), |tokens| format!("\n  masks         rise over the first {tokens} tokens"));
+    let ramp = stage.mask_ramp_tokens.map_or(String::new(), |tokens| {
+        let buffer = bytes(stage.memory.masked_weights_bytes);
+        format!("\n  masks         rise over the first {tokens} tokens, with masked weights of {buffer}")
+    });
     let (model, training, memory) = (&stage.model, &stage.training, &stage.memory);
     format!(
         "{}\n  starts from   {start}\n  model         hidden {}, {} heads ({} kv) of {}, intermediate {}, vocabulary \
          {}\n  batch         {} tokens in micro-batches of {}, sequences of {}\n  data          from token {}\n{}  \
-         memory        weights {}, gradients {}, moments {}, activations {}, checkpoint copy {}, between ranks {}, masked weights {}{ramp}",
+         memory        weights {}, gradients {}, moments {}, activations {}, checkpoint copy {}, between ranks {}{ramp}",
         stage.stage,
         model.hidden_size,
         model.num_attention_heads,
@@ -241,6 +242,5 @@ fn describe(stage: &StagePlan) -> String {
         bytes(memory.activations_bytes),
         bytes(memory.snapshot_bytes),
         bytes(memory.communication_bytes),
-        bytes(memory.masked_weights_bytes),
     )
 }
