@@ -14,9 +14,11 @@ from test_training import BETAS, CLIP, DECAY, EPSILON, job, write_job
 from torch.func import functional_call
 
 STEPS, RATE = 20, 3e-3
-# As for training: fp32 sums in another order. Over 20 steps at this rate it moves a loss by about 1e-6.
-LOSS_TOLERANCE = 1e-5
-# The matrices themselves, relative to the largest of each: Adam's first steps divide small gradients by themselves.
+# Both are fp32 and sum in another order. Adam divides a gradient by its own size, so where one is little more than
+# rounding (new channels have many such), it moves a matrix all the same: the first steps are closer than the last.
+# Seen: 1e-7 in the first ten steps, 1.1e-5 in the last.
+FIRST_LOSS_TOLERANCE, LOSS_TOLERANCE = 1e-6, 1e-4
+# The matrices themselves, relative to the largest of each; seen: 3.5e-4.
 MATRIX_TOLERANCE = 2e-3
 
 # What is learned -> (growth, the same as arguments, model of the stage).
@@ -149,15 +151,19 @@ def test_learning(case, tied, tmp_path):
     batches = load_file(tmp_path / "batches.safetensors")
     theirs, matrices, _ = learn(open_model(small), open_model(grown), first, batches)
     ours = json.loads((grown / "growth.json").read_text())["learned"]
+    worst = [abs(a / b - 1) for a, b in zip(ours["losses"], theirs)]
+    print(f"losses: {max(worst[:10]):.1e} in the first ten steps, {max(worst):.1e} in all")
     assert ours["steps"] == STEPS and ours["tokens"] == STEPS * 1024
+    assert ours["losses"][:10] == pytest.approx(theirs[:10], rel=FIRST_LOSS_TOLERANCE)
     assert ours["losses"] == pytest.approx(theirs, rel=LOSS_TOLERANCE)
     assert theirs[-1] < theirs[0] - 0.01, "nothing was learned: the comparison would say little"
 
     learned = load_file(grown / "learned.safetensors")
     assert learned.keys() == matrices.keys()
     for name, matrix in matrices.items():
-        difference = (learned[name] - matrix).abs().max() / matrix.abs().max()
-        assert difference < MATRIX_TOLERANCE, name
+        difference = ((learned[name] - matrix).abs().max() / matrix.abs().max()).item()
+        print(f"{name}: {difference:.1e}")
+        assert difference < MATRIX_TOLERANCE, f"{name}: {difference}"
     # What was written is what the matrices generate.
     source, target = open_model(small), open_model(grown)
     weights = source.state_dict()

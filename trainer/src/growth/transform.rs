@@ -233,9 +233,8 @@ pub(super) fn add_noise(plan: &GrowthPlan, target: &ModelConfig, name: &str, fir
         return;
     }
     let mut values = vec![0.0; out.len()];
-    let std = noise_std(target, part);
+    let (std, share) = (noise_std(target, part), noise.share as f32);
     random::normal_from(noise.seed, &format!("{name}/noise"), std, first, &mut values);
-    let share = noise.share as f32;
     for (out, value) in out.iter_mut().zip(values) {
         *out = (1.0 - share) * *out + share * value;
     }

@@ -2,7 +2,7 @@
 
 use super::training::LearnState;
 use super::{LearnError, Result};
-use crate::storage::Storage;
+use crate::storage::{Storage, StorageError};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
@@ -53,7 +53,11 @@ impl ProgressFolder {
         let mut names = self.names()?;
         names.sort();
         for name in names.iter().rev() {
-            let bytes = self.folder.get(name)?;
+            let bytes = match self.folder.get(name) {
+                // Another attempt at the same growth step has gone on meanwhile.
+                Err(StorageError::NotFound { .. }) => continue,
+                bytes => bytes?,
+            };
             if step_of(name).is_some_and(|step| object_name(step, &bytes) == *name)
                 && let Some(state) = self.parse(&bytes).filter(|state| state.matrices.len() == len)
             {
