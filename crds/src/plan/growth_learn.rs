@@ -4,7 +4,8 @@
 use super::error::Findings;
 use super::growth_width::WidthPlanError;
 use super::{
-    GrowthPlan, Initializer, ModelConfig, OptimizerStatePolicy, TrainingPlan, WidthMap, WidthPlan, WidthRule,
+    GrowthPlan, Initializer, ModelConfig, OptimizerStatePolicy, StagePlan, StageStart, TrainingPlan,
+    WidthMap, WidthPlan, WidthRule,
 };
 use crate::spec::stage::{GrowthSpec, LearnSpec};
 use crate::spec::training::AdamWSpec;
@@ -216,6 +217,15 @@ fn check_options(spec: &LearnSpec, field: &str, findings: &mut Findings) -> Opti
         fine = None;
     }
     fine
+}
+
+impl StagePlan {
+    /// Floating-point operations of learning the stage's growth, before its first step; 0 where nothing is learned.
+    pub fn learning_flops(&self) -> f64 {
+        let StageStart::Growth(GrowthPlan { learn: Some(learn), .. }) = &self.start else { return 0.0 };
+        let tokens = learn.steps.saturating_mul(learn.batch_tokens);
+        self.model.training_flops(learn.sequence_length, tokens).exact
+    }
 }
 
 impl GrowthPlan {

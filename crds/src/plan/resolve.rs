@@ -355,7 +355,8 @@ impl StageInput<'_> {
         findings: &mut Findings,
     ) -> Option<GrowthTrainingPlan> {
         let growth = self.spec.stages[self.index].growth.as_ref();
-        let (Some(growth), Some(Shape { model, start: StageStart::Growth(plan), .. })) = (growth, &self.shape)
+        let (Some(growth), Some(Shape { model, start: StageStart::Growth(plan), .. })) =
+            (growth, &self.shape)
         else {
             return Some(GrowthTrainingPlan::default());
         };

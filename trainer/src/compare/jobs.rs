@@ -3,7 +3,7 @@
 use super::spec::{ComparisonSpec, LoadedSpec, RecipeSpec};
 use crate::job_file::{JobFileError, LoadedJob, Problem, check_job, resolve_job};
 use growth_crds::GrowthTrainingJob;
-use growth_crds::plan::{JobPlan, ModelConfig};
+use growth_crds::plan::{JobPlan, ModelConfig, StagePlan};
 use serde_json::{Value, json};
 
 /// Name of the row of the run from scratch.
@@ -55,6 +55,11 @@ pub struct Run {
     pub base: Option<usize>,
 }
 
+/// FLOPs of a stage and of what is learned before it.
+fn flops_of(stage: &StagePlan) -> f64 {
+    stage.learning_flops() + stage.flops.exact
+}
+
 impl Recipe {
     /// The plan of one of its runs; they differ in nothing but the seed.
     pub fn plan(&self) -> Option<&JobPlan> {
@@ -63,10 +68,10 @@ impl Recipe {
 
     /// FLOPs of a run, exact count.
     pub fn flops(&self) -> f64 {
-        self.plan().map_or(0.0, |plan| plan.stages.iter().map(|stage| stage.flops.exact).sum())
+        self.plan().map_or(0.0, |plan| plan.stages.iter().map(flops_of).sum())
     }
 
-    /// Share of all stages but the last in the FLOPs of a run.
+    /// Share of all that comes before the last stage in the FLOPs of a run.
     pub fn base_share(&self) -> f64 {
         let last = self.plan().and_then(|plan| plan.stages.last()).map_or(0.0, |stage| stage.flops.exact);
         1.0 - last / self.flops()
@@ -123,7 +128,7 @@ impl Comparison {
         let place = |field: &str| place(field, Some((index, recipe)));
         let plan = resolve_job(job).map_err(|problems| moved(problems, place))?.plan;
         let Some((last, before)) = plan.stages.split_last() else { return Ok(stages) };
-        let spent: f64 = before.iter().map(|stage| stage.flops.exact).sum();
+        let spent = before.iter().map(flops_of).sum::<f64>() + last.learning_flops();
         let step = last.training.global_batch_tokens;
         let per_step = last.flops.exact / last.steps as f64;
         let steps = ((self.budget_flops - spent) / per_step).round();
@@ -364,6 +369,23 @@ recipes:
                 prop_assert_eq!(last.tokens, last.steps * last.training.global_batch_tokens);
             }
         }
+    }
+
+    #[test]
+    fn learning_is_paid_for_out_of_the_budget() {
+        let learned =
+            SPEC.replace("operator: Stack, factor: 4", "operator: LearnDepth, factor: 4, learn: {steps: 50}");
+        let text = learned.replace("SCRATCH", "1024000").replace("BASE", "102400");
+        let learned = Comparison::of(&LoadedSpec::parse("spec.yaml", &text).unwrap().spec).unwrap();
+        let stacked = comparison(1_024_000, 102_400).unwrap();
+        let last = |comparison: &Comparison| {
+            let plan =
+                comparison.recipes.iter().find(|recipe| recipe.name == "depth").unwrap().plan().unwrap();
+            plan.stages.last().unwrap().clone()
+        };
+        // A step of learning takes as much as one of training.
+        assert_eq!(last(&learned).steps, last(&stacked).steps - 50);
+        assert!(last(&learned).learning_flops() > 0.0 && last(&stacked).learning_flops() == 0.0);
     }
 
     #[test]

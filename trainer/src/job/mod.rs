@@ -293,6 +293,9 @@ pub fn report(plan: &JobPlan, storage: &Storage) -> Result<Vec<StageReport>> {
         let attempts = attempt::list(storage, &stage.job, &stage.stage)?;
         let step_tokens = stage.training.global_batch_tokens;
         let goodput = Goodput::new(&attempts, step_tokens, newest.map_or(0, |manifest| manifest.step));
+        if newest.is_some() {
+            flops_before += stage.learning_flops();
+        }
         let mut report = StageReport::new(stage, tokens, &history, flops_before, folder, goodput);
         if let (Some(before), Some(record)) = (before, growth_record(storage, &found)?) {
             report.growth = Some(GrowthReport::new(before, stage, &record));
