@@ -3,12 +3,14 @@
 pub mod after_growth;
 pub mod attempt;
 pub mod board;
+mod error;
 pub mod history;
 pub mod ramp;
 pub mod resharding;
 pub mod schedule;
 pub mod shards;
 pub mod stage;
+mod start;
 pub mod step;
 
 #[cfg(test)]

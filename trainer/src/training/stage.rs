@@ -1,167 +1,31 @@
 //! Trains one stage from its newest checkpoint to its last token: what a trainer pod does.
 
+use super::start::{Start, ramp_of, start_state};
 use crate::checkpoint::{
     self, AsyncCheckpointer, CheckpointError, CheckpointLocation, CheckpointWriter, Committed, ExtraFile,
-    HISTORY_FILE, HuggingFaceFolder, ObjectTable, Retention, TokenIds, TrainingState,
+    HISTORY_FILE, ObjectTable, Retention, TokenIds, TrainingState,
 };
-use crate::collective::{Collective, CollectiveError};
-use crate::data::{DataError, Dataset, TrainingOrder};
-use crate::model::initializer::initialize;
+use crate::collective::Collective;
+use crate::data::{Dataset, TrainingOrder};
 use crate::progress::{Reporter, Unit};
-use crate::storage::{Storage, StorageError, StorageOptions};
+use crate::storage::Storage;
 use crate::training::after_growth::AfterGrowth;
 use crate::training::attempt::{Activity, AttemptRecord, Recorder};
 use crate::training::board::ProgressBoard;
 use crate::training::history::{EvaluationRecord, History, StepRecord};
 use crate::training::ramp::Ramp;
-use crate::training::resharding::{self, ReshardError};
+use crate::training::resharding;
 use crate::training::schedule::stage_learning_rate;
 use crate::training::step::{StepEngine, StepSettings, StepSizes};
 use bytes::Bytes;
-use growth_crds::plan::{StagePlan, StageStart, TrainingPlan, ranks};
-use growth_crds::protocol::{
-    CheckpointManifest, GROWTH_MASK_FILE, GROWTH_RECORD_FILE, Progress, checkpoint_status,
-};
+use growth_crds::plan::{StagePlan, TrainingPlan, ranks};
+use growth_crds::protocol::{CheckpointManifest, GROWTH_RECORD_FILE, Progress, checkpoint_status};
 use growth_crds::status::CheckpointStatus;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-/// Why a stage stopped before its last token.
-#[derive(thiserror::Error, Debug)]
-pub enum TrainError {
-    /// Reading or writing checkpoints.
-    #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
-    /// Reading data.
-    #[error(transparent)]
-    Data(#[from] DataError),
-    /// Storage.
-    #[error(transparent)]
-    Storage(#[from] StorageError),
-    /// The stage grows, but its first checkpoint is not there.
-    #[error(
-        "stage {stage}: there is no checkpoint to start from; grow stage {from} first (growth-trainer grow, or run)"
-    )]
-    NotGrown {
-        /// The stage.
-        stage: String,
-        /// The stage that it grows from.
-        from: String,
-    },
-    /// The tokenizer has more tokens than the model has rows.
-    #[error(
-        "spec.model.vocabSize: the tokenizer has {tokenizer} tokens, but the model only {model}; raise vocabSize"
-    )]
-    Vocabulary {
-        /// Tokens of the tokenizer.
-        tokenizer: u32,
-        /// Rows of the embedding.
-        model: u32,
-    },
-    /// The start checkpoint has another architecture.
-    #[error("spec.stages[0].initFrom: {uri} has {field} {found}, but the stage has {expected}")]
-    OtherArchitecture {
-        /// The folder.
-        uri: String,
-        /// The field of `config.json`.
-        field: String,
-        /// Its value there.
-        found: String,
-        /// Its value in the plan.
-        expected: String,
-    },
-    /// A checkpoint inside the ramp of a growth is no model to start another training from.
-    #[error(
-        "spec.stages[0].initFrom: {uri} is a checkpoint inside the ramp of its growth ({file}), which only its own \
-         stage can go on with; use one after the ramp"
-    )]
-    InsideRamp {
-        /// The folder.
-        uri: String,
-        /// The object that says so.
-        file: &'static str,
-    },
-    /// The stage stands inside the ramp of its growth, but its plan has none.
-    #[error(
-        "stage {stage}: {uri} is a checkpoint inside the ramp of its growth, but the plan has no maskRampTokens; write \
-         the plan again, with this version of the program"
-    )]
-    NoRamp {
-        /// The stage.
-        stage: String,
-        /// The folder.
-        uri: String,
-    },
-    /// Another rank.
-    #[error(transparent)]
-    Collective(#[from] CollectiveError),
-    /// A number of ranks that cannot share a step.
-    #[error(
-        "stage {stage}: {ranks} ranks cannot share the {micro_batches} micro-batches of a step; possible are {possible}"
-    )]
-    Ranks {
-        /// The stage.
-        stage: String,
-        /// Ranks of the attempt.
-        ranks: usize,
-        /// Micro-batches of a step.
-        micro_batches: u64,
-        /// The numbers that can.
-        possible: String,
-    },
-    /// The loss is not a number any more.
-    #[error(
-        "stage {stage}: the loss is {loss} at step {step}; the last checkpoint is good: lower the learning rate or \
-         clip gradients, and start again"
-    )]
-    Diverged {
-        /// The stage.
-        stage: String,
-        /// The step.
-        step: u64,
-        /// The loss.
-        loss: f64,
-    },
-}
-
-impl TrainError {
-    /// Whether the job or its files are at fault, so that trying again cannot help.
-    pub fn is_input_error(&self) -> bool {
-        match self {
-            Self::Checkpoint(error) => error.is_input_error(),
-            Self::Data(error) => error.is_input_error(),
-            Self::Vocabulary { .. }
-            | Self::OtherArchitecture { .. }
-            | Self::InsideRamp { .. }
-            | Self::NoRamp { .. }
-            | Self::NotGrown { .. }
-            | Self::Ranks { .. } => true,
-            Self::Storage(_) | Self::Collective(_) | Self::Diverged { .. } => false,
-        }
-    }
-
-    /// Whether this rank only ends because another one did.
-    pub fn is_peer_lost(&self) -> bool {
-        match self {
-            Self::Collective(error) | Self::Checkpoint(CheckpointError::Collective(error)) => {
-                error.is_peer_lost()
-            }
-            _ => false,
-        }
-    }
-}
-
-impl From<ReshardError> for TrainError {
-    fn from(error: ReshardError) -> Self {
-        match error {
-            ReshardError::Checkpoint(error) => error.into(),
-            ReshardError::Collective(error) => error.into(),
-        }
-    }
-}
-
-/// Result of training.
-pub type Result<T> = std::result::Result<T, TrainError>;
+pub use super::error::{Result, TrainError};
+pub use super::start::read_history;
 
 /// How a stage ended.
 #[derive(Debug, Clone)]
@@ -236,14 +100,6 @@ struct Signals {
     stop: bool,
     /// So much time has passed by the clock of rank 0.
     checkpoint_is_due: bool,
-}
-
-/// The state that a stage starts or goes on from.
-struct Start {
-    state: TrainingState,
-    history: History,
-    growth_record: Option<Bytes>,
-    resumed: Option<CheckpointManifest>,
 }
 
 struct StageRun<'a> {
@@ -568,98 +424,6 @@ fn check_vocabulary(plan: &StagePlan, dataset: &Dataset) -> Result<()> {
     let (tokenizer, model) = (dataset.tokenizer().vocab_size(), plan.model.vocab_size);
     if tokenizer > model {
         return Err(TrainError::Vocabulary { tokenizer, model });
-    }
-    Ok(())
-}
-
-/// Newest good checkpoint of the stage, else its first weights.
-fn start_state(
-    inputs: &StageInputs<'_>,
-    engine: &StepEngine,
-    collective: &mut dyn Collective,
-    reporter: &Reporter,
-) -> Result<Start> {
-    let StageInputs { plan, storage, .. } = *inputs;
-    let (layout, shards) = (engine.model().layout(), engine.shards());
-    let mut warn = |text: String| reporter.note(&format!("warning: {text}"));
-    let name = (&*plan.job, &*plan.stage);
-    let found = resharding::resume(storage, name, layout, shards, collective, &mut warn)?;
-    if let Some((manifest, mut state)) = found {
-        add_moments(&mut state, shards.own_len());
-        let history = read_history(storage, &manifest)?;
-        let folder = checkpoint::checkpoint_folder(storage, &manifest);
-        let growth_record = checkpoint::read_record(&folder, &manifest, GROWTH_RECORD_FILE)?;
-        return Ok(Start { state, history, growth_record, resumed: Some(manifest) });
-    }
-    let parameters = match &plan.start {
-        StageStart::Random { initializer } => initialize(&plan.model, *initializer, plan.training.seed),
-        StageStart::Checkpoint { uri } => import(plan, uri)?,
-        StageStart::Growth(growth) => {
-            return Err(TrainError::NotGrown { stage: plan.stage.clone(), from: growth.from_stage.clone() });
-        }
-    };
-    let mut state = TrainingState { parameters, ..TrainingState::default() };
-    add_moments(&mut state, shards.own_len());
-    Ok(Start { state, history: History::default(), growth_record: None, resumed: None })
-}
-
-/// The ramp of the stage's growth, unless the checkpoint that it goes on from is past it.
-fn ramp_of<'a>(
-    plan: &'a StagePlan,
-    storage: &Storage,
-    resumed: Option<&CheckpointManifest>,
-) -> Result<Option<Ramp<'a>>> {
-    let Some(manifest) = resumed.filter(|manifest| checkpoint::has_mask(manifest)) else { return Ok(None) };
-    let no_ramp = || TrainError::NoRamp {
-        stage: plan.stage.clone(),
-        uri: checkpoint::checkpoint_folder(storage, manifest).uri().to_owned(),
-    };
-    Ramp::of(plan).map(Some).ok_or_else(no_ramp)
-}
-
-/// A grown or imported checkpoint has no moments: they start at zero.
-fn add_moments(state: &mut TrainingState, len: usize) {
-    for moments in [&mut state.exp_avg, &mut state.exp_avg_sq] {
-        moments.resize(len, 0.0);
-    }
-}
-
-/// The record inside a checkpoint; a grown one has none yet.
-///
-/// # Errors
-/// When the storage does not answer.
-pub fn read_history(storage: &Storage, manifest: &CheckpointManifest) -> Result<History> {
-    let folder = checkpoint::checkpoint_folder(storage, manifest);
-    let history = checkpoint::read_record(&folder, manifest, HISTORY_FILE)?;
-    // A record that cannot be read is worth less than the training that could go on without it.
-    Ok(history.and_then(|bytes| serde_json::from_slice(&bytes).ok()).unwrap_or_default())
-}
-
-/// Weights of the Hugging Face folder that the first stage starts from.
-fn import(plan: &StagePlan, uri: &str) -> Result<Vec<f32>> {
-    let options =
-        StorageOptions { endpoint: plan.storage.endpoint.clone(), region: plan.storage.region.clone() };
-    let folder = HuggingFaceFolder::open(&Storage::open(uri, &options)?)?;
-    if folder.mask().is_some() {
-        return Err(TrainError::InsideRamp { uri: uri.to_owned(), file: GROWTH_MASK_FILE });
-    }
-    check_architecture(plan, uri, &folder)?;
-    Ok(folder.load()?.parameters)
-}
-
-fn check_architecture(plan: &StagePlan, uri: &str, folder: &HuggingFaceFolder) -> Result<()> {
-    let fields = |config| match serde_json::to_value(config) {
-        Ok(serde_json::Value::Object(fields)) => fields,
-        _ => serde_json::Map::new(),
-    };
-    let (found, expected) = (fields(folder.config()), fields(&plan.model));
-    for (field, expected) in &expected {
-        // A longer or shorter context does not change the tensors.
-        if field != "max_position_embeddings" && found.get(field) != Some(expected) {
-            let found = found.get(field).map(ToString::to_string).unwrap_or_default();
-            let (field, expected) = (field.clone(), expected.to_string());
-            return Err(TrainError::OtherArchitecture { uri: uri.to_owned(), field, found, expected });
-        }
     }
     Ok(())
 }
