@@ -103,6 +103,8 @@ fn frozen_are_all_but_new_layers() {
         "operator": "DirectWidth", "factor": 2, "depth": {"operator": "Stack", "factor": 2}, "freeze": "Source",
     });
     assert_eq!(freeze(both).layers, [2, 3]);
+    let without_source = json!({"operator": "RandomDepth", "factor": 2, "freeze": "Source"});
+    assert_eq!(freeze(without_source).layers, [2, 3]);
     let notes = plan(&[
         ("/spec/stages/1/growth/freeze", json!("Source")),
         ("/spec/stages/1/growth/freezeTokens", json!(5000)),
@@ -243,6 +245,20 @@ fn every_mistake_says_what_to_do() {
                 json!({"operator": "ZeroWidth", "factor": 2, "freeze": "Source"}),
             )],
             "spec.stages[1].growth.freeze: Source trains new layers only, and ZeroWidth adds none here",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnDepth", "factor": 2, "freeze": "Source"}),
+            )],
+            "spec.stages[1].growth.freeze: LearnDepth mixes layers",
+        ),
+        (
+            vec![(
+                "/spec/stages/1/growth",
+                json!({"operator": "LearnWidth", "factor": 2, "newParameters": {"learningRateRatio": 1.3}}),
+            )],
+            "spec.stages[1].growth.newParameters: LearnWidth mixes weights",
         ),
         (
             vec![(
