@@ -8,11 +8,11 @@ mod transform;
 pub use depth::{LayerMapError, grown_config};
 pub use measure::{DEFAULT_MEASURED_TOKENS, Measure};
 
-use crate::checkpoint::DEFAULT_SHARD_BYTES;
 use crate::checkpoint::{
     CheckpointError, CheckpointLocation, Commit, Commitment, ExtraFile, HuggingFaceFolder, Problem, ShardSet,
-    TensorIndex, commit_of, digest_bytes, list, model_specs, moment_specs, put_object, put_small_objects,
-    put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder, verify,
+    TensorIndex, commit_of, digest_bytes, list, model_specs, moment_specs, object_bytes, put_object,
+    put_small_objects, put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder,
+    verify,
 };
 use crate::model::layout::ParameterLayout;
 use crate::storage::Storage;
@@ -25,6 +25,7 @@ use growth_crds::protocol::{
 use measure::{Sample, StoredModel};
 use serde_json::json;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 use transform::{Buffers, Transform};
 
@@ -192,7 +193,7 @@ pub fn grow_and_measure(
     measure: &Measure<'_>,
     progress: Progress<'_>,
 ) -> Result<GrownCheckpoint> {
-    let growth = Growth::open(source, expected, plan, DEFAULT_SHARD_BYTES)?;
+    let growth = Growth::open(source, expected, plan)?;
     growth.run(target, files, measure, progress)
 }
 
@@ -209,12 +210,7 @@ struct Growth<'a> {
 }
 
 impl<'a> Growth<'a> {
-    fn open(
-        source: &Storage,
-        expected: Option<&ModelConfig>,
-        plan: &'a GrowthPlan,
-        shard_bytes: u64,
-    ) -> Result<Self> {
+    fn open(source: &Storage, expected: Option<&ModelConfig>, plan: &'a GrowthPlan) -> Result<Self> {
         let source = HuggingFaceFolder::open(source)?;
         if let Some(expected) = expected {
             check_source(&source, expected)?;
@@ -222,13 +218,15 @@ impl<'a> Growth<'a> {
         let uri = || source.folder().uri().to_owned();
         let config = grown_config(source.config(), plan)
             .map_err(|error| GrowthError::Layers { uri: uri(), source: error })?;
+        let layout = ParameterLayout::new(&config);
         let mut growth = Self {
-            layout: ParameterLayout::new(&config),
+            // As training cuts them: equal models have equal objects.
+            shard_bytes: object_bytes(layout.parameter_count() * size_of::<f32>() as u64),
+            layout,
             config,
             plan,
             moments: Vec::new(),
             optimizer_step: 0,
-            shard_bytes,
             source,
         };
         if plan.optimizer_state == OptimizerStatePolicy::Keep {
@@ -357,7 +355,8 @@ impl<'a> Growth<'a> {
         Ok((target.commitment(origin).commit(&folder, objects)?, record))
     }
 
-    /// Makes every target tensor from its source, in pieces: memory is bounded by a piece, not by a tensor.
+    /// Makes every target tensor from its source, in pieces: memory is bounded by a piece, not by a tensor. Two objects at
+    /// a time: while one waits for the disk or the bucket, the other goes on.
     fn write_shards(
         &self,
         folder: &Storage,
@@ -366,13 +365,20 @@ impl<'a> Growth<'a> {
         meter: &Meter<'_>,
     ) -> Result<Vec<CheckpointObject>> {
         let transform = Transform::new(self.plan, self.source.config(), &self.config, &self.layout);
-        let mut buffers = Buffers::default();
-        shards.write(folder, |_, tensor, writer| {
-            transform.write(tensor, (self.source.folder(), tensors), &mut buffers, |numbers| {
-                meter.add(4 * numbers.len() as u64);
-                Ok(writer.write_numbers(numbers)?)
+        let write = |objects: Range<usize>| {
+            let mut buffers = Buffers::default();
+            shards.write(folder, objects, |_, tensor, writer| {
+                transform.write(tensor, (self.source.folder(), tensors), &mut buffers, |numbers| {
+                    meter.add(4 * numbers.len() as u64);
+                    Ok(writer.write_numbers(numbers)?)
+                })
             })
-        })
+        };
+        let middle = shards.len() / 2;
+        let (first, second) = rayon::join(|| write(0..middle), || write(middle..shards.len()));
+        let mut objects: Vec<CheckpointObject> = first?;
+        objects.extend(second?);
+        Ok(objects)
     }
 
     /// Runs source and target, as it was written, on the same tokens.
