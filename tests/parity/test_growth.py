@@ -81,6 +81,10 @@ DEPTH = {
     "zero": (["--operator", "ZeroDepth", "--factor", "2"], [0, 0, 1, 1, 2, 2, 3, 3], [1, 3, 5, 7]),
     "zero-stacked": (["--operator", "ZeroDepth", "--factor", "2", "--order", "Stacked"],
                      [0, 1, 2, 3] * 2, [4, 5, 6, 7]),
+    "interleave-any": (["--operator", "Interleave", "--num-hidden-layers", "6"], [0, 0, 1, 2, 2, 3], []),
+    "zero-any": (["--operator", "ZeroDepth", "--num-hidden-layers", "6"], [0, 0, 1, 2, 2, 3], [1, 4]),
+    "zero-any-stacked": (["--operator", "ZeroDepth", "--num-hidden-layers", "6", "--order", "Stacked"],
+                         [0, 1, 2, 3, 0, 1], [4, 5]),
 }
 
 

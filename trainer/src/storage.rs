@@ -1,8 +1,12 @@
 //! Object storage, seen from the synchronous training code: a local folder and a bucket through one path.
 
+mod stream;
+
+pub use stream::{ObjectReader, ObjectWriter};
+
 use async_trait::async_trait;
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt};
+use futures::{FutureExt, StreamExt, TryStreamExt};
 use object_store::aws::AmazonS3Builder;
 use object_store::azure::MicrosoftAzureBuilder;
 use object_store::client::{
@@ -15,10 +19,10 @@ use object_store::local::LocalFileSystem;
 use object_store::path::Path;
 use object_store::{
     BackoffConfig, ClientOptions, ObjectMeta, ObjectStore, ObjectStoreExt, ObjectStoreScheme, PutMode,
-    PutOptions, PutPayload, RetryConfig, WriteMultipart,
+    PutOptions, PutPayload, RetryConfig,
 };
 use std::error::Error;
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -26,8 +30,12 @@ use std::time::Duration;
 use tokio::runtime::Runtime;
 use url::Url;
 
-/// Bytes of one part of a streamed upload, and of one ranged read of a streamed download.
+/// Bytes of one part of a streamed upload to a bucket, and of one ranged read of a download.
 const PART_BYTES: usize = 8 << 20;
+
+/// The same of a folder. A part is read, converted, hashed and written one after the other, and stays in the core's cache
+/// meanwhile: where memory was busy, a growth step took less than half the time that it took with the parts of a bucket.
+const LOCAL_PART_BYTES: usize = 1 << 20;
 
 /// Nice value of threads that wait for others to leave a core free.
 #[cfg(target_os = "linux")]
@@ -281,6 +289,11 @@ impl Storage {
         if name.is_empty() { self.uri.clone() } else { format!("{}/{name}", self.uri) }
     }
 
+    /// Bytes that are best read or written at a time.
+    pub(crate) fn part_bytes(&self) -> usize {
+        if self.local.is_some() { LOCAL_PART_BYTES } else { PART_BYTES }
+    }
+
     fn path(&self, name: &str) -> Path {
         // As it is: a listed name must not be escaped again. Only what no store would take is escaped.
         let name = Path::parse(name).unwrap_or_else(|_| Path::from(name));
@@ -310,7 +323,10 @@ impl Storage {
     /// As [`Storage::get`], and when the range is outside the object.
     pub fn get_range(&self, name: &str, range: Range<u64>) -> Result<Bytes> {
         let path = self.path(name);
-        runtime().block_on(self.store.get_range(&path, range)).map_err(self.error(name))
+        let read = || self.store.get_range(&path, range.clone());
+        // Outside of the runtime a file is read at once and here; asking another thread costs more than reading.
+        let at_once = self.local.as_ref().and_then(|_| read().now_or_never());
+        at_once.unwrap_or_else(|| runtime().block_on(read())).map_err(self.error(name))
     }
 
     /// Size and version of an object, or `None` when it does not exist.
@@ -436,13 +452,7 @@ impl Storage {
         let Some(entry) = self.head(name)? else {
             return Err(StorageError::NotFound { uri: self.uri_of(name) });
         };
-        Ok(ObjectReader {
-            storage: self.clone(),
-            name: name.to_owned(),
-            bytes: entry.bytes,
-            position: 0,
-            part: Bytes::new(),
-        })
+        Ok(ObjectReader::new(self, name, entry.bytes))
     }
 
     /// Writes an object piece by piece; it appears when [`ObjectWriter::finish`] succeeds, and not otherwise.
@@ -450,11 +460,7 @@ impl Storage {
     /// # Errors
     /// What the store says.
     pub fn writer(&self, name: &str) -> Result<ObjectWriter> {
-        let path = self.path(name);
-        let upload = runtime().block_on(self.store.put_multipart(&path)).map_err(self.error(name))?;
-        let _guard = runtime().enter();
-        let upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
-        Ok(ObjectWriter { storage: self.clone(), name: name.to_owned(), upload: Some(upload) })
+        ObjectWriter::new(self, name)
     }
 }
 
@@ -463,94 +469,10 @@ fn entry(name: String, meta: &ObjectMeta) -> Entry {
     Entry { name, bytes: meta.size, version }
 }
 
-/// Reads an object in ranges of 8 MiB.
-#[derive(Debug)]
-pub struct ObjectReader {
-    storage: Storage,
-    name: String,
-    bytes: u64,
-    position: u64,
-    part: Bytes,
-}
-
-impl ObjectReader {
-    /// Size of the object in bytes.
-    pub fn size_bytes(&self) -> u64 {
-        self.bytes
-    }
-}
-
-impl Read for ObjectReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.part.is_empty() && self.position < self.bytes {
-            let end = self.bytes.min(self.position + PART_BYTES as u64);
-            self.part = self.storage.get_range(&self.name, self.position..end).map_err(io::Error::other)?;
-        }
-        let count = buffer.len().min(self.part.len());
-        buffer[..count].copy_from_slice(&self.part.split_to(count));
-        self.position += count as u64;
-        Ok(count)
-    }
-}
-
-impl Seek for ObjectReader {
-    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(position) => Some(position),
-            SeekFrom::End(offset) => self.bytes.checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
-        self.position = position.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        self.part.clear();
-        Ok(self.position)
-    }
-}
-
-/// Writes an object in parts; dropped before [`ObjectWriter::finish`], it leaves nothing behind.
-pub struct ObjectWriter {
-    storage: Storage,
-    name: String,
-    upload: Option<WriteMultipart>,
-}
-
-impl ObjectWriter {
-    /// Uploads the rest and makes the object appear.
-    ///
-    /// # Errors
-    /// What the store says, for any of the parts.
-    pub fn finish(mut self) -> Result<()> {
-        let Some(upload) = self.upload.take() else { return Ok(()) };
-        runtime().block_on(upload.finish()).map(drop).map_err(self.storage.error(&self.name))
-    }
-}
-
-impl Write for ObjectWriter {
-    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
-        let Some(upload) = &mut self.upload else { return Err(io::ErrorKind::BrokenPipe.into()) };
-        runtime().block_on(async {
-            upload.wait_for_capacity(PARTS_IN_FLIGHT).await?;
-            upload.write(buffer);
-            Ok(buffer.len())
-        })
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl Drop for ObjectWriter {
-    fn drop(&mut self) {
-        if let Some(upload) = self.upload.take() {
-            // The object was never finished; a failure to abort leaves parts that the bucket's lifecycle rule removes.
-            let _ = runtime().block_on(upload.abort());
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Seek, SeekFrom, Write};
 
     fn storage() -> (tempfile::TempDir, Storage) {
         let folder = tempfile::tempdir().unwrap();
@@ -622,6 +544,13 @@ mod tests {
         let mut tail = Vec::new();
         reader.read_to_end(&mut tail).unwrap();
         assert_eq!(tail, content[content.len() - 3..]);
+        // Wherever it jumps, and whatever was asked for ahead.
+        let mut piece = vec![0; 1000];
+        for start in [0, 8_388_000, 8_388_608, 16_777_000, 100, 8_389_000, 16_777_216, 1] {
+            reader.seek(SeekFrom::Start(start as u64)).unwrap();
+            reader.read_exact(&mut piece).unwrap();
+            assert!(piece == content[start..start + 1000], "{start}");
+        }
     }
 
     /// More often than object_store's default would bear.

@@ -31,6 +31,7 @@ pub use writer::{CheckpointLocation, CheckpointWriter, DEFAULT_SHARD_BYTES};
 
 pub(crate) use objects::{digest_bytes, digest_object, put_object, verify_objects};
 pub(crate) use reader::{commit_of, read_trainer_state};
+pub(crate) use snapshot::object_bytes;
 pub(crate) use tensor_file::{PIECE_BYTES, TensorIndex, TensorSpec};
 pub(crate) use writer::{
     Commitment, MODEL_INDEX_FILE, ShardSet, model_specs, moment_specs, put_small_objects, put_trainer_state,

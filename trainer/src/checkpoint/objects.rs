@@ -1,7 +1,6 @@
 //! Objects with digests: written, read and verified piece by piece.
 
 use super::error::{CheckpointError, Result};
-use super::tensor_file::PIECE_BYTES;
 use crate::storage::{ObjectReader, ObjectWriter, Storage, StorageError};
 use bytes::Bytes;
 use growth_crds::protocol::{CheckpointManifest, CheckpointObject};
@@ -77,7 +76,7 @@ impl HashingWriter {
 
     /// Appends bytes, in pieces: the upload waits for capacity between two of them, not inside one.
     pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        for piece in bytes.chunks(PIECE_BYTES) {
+        for piece in bytes.chunks(self.writer.part_bytes()) {
             let error = |source| CheckpointError::Stream { uri: self.uri.clone(), source };
             self.writer.write_all(piece).map_err(error)?;
             self.hasher.update(piece);
@@ -151,7 +150,7 @@ pub(crate) fn digest_object(
 ) -> Result<(u64, String)> {
     let mut reader = HashingReader::new(folder, name)?;
     let mut left = reader.bytes();
-    let mut buffer = vec![0; PIECE_BYTES.min(left as usize)];
+    let mut buffer = vec![0; folder.part_bytes().min(left as usize)];
     while left > 0 {
         let piece = buffer.len().min(left as usize);
         reader.read_exact(&mut buffer[..piece])?;

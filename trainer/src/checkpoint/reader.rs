@@ -2,7 +2,7 @@
 
 use super::error::{CheckpointError, Result};
 use super::objects::{HashingReader, Problem, check_manifest, object_problem, verify, verify_objects};
-use super::tensor_file::{PIECE_BYTES, TensorPlace, read_header};
+use super::tensor_file::{TensorPlace, read_header};
 use super::{
     Part, StateTensor, TRAINER_STATE_FILE, TrainerState, TrainingState, checkpoint_folder, folder_name,
     is_model_shard, is_optimizer_shard, parse_folder_name, stage_folder,
@@ -360,7 +360,7 @@ impl<'a> Loader<'a> {
         let vector = found.vector_of_mut(&mut self.state);
         vector.resize(self.layout.total_len(), 0.0);
         let width = place.number_type.bytes();
-        for numbers in vector[tensor.range()].chunks_mut(PIECE_BYTES / width) {
+        for numbers in vector[tensor.range()].chunks_mut(self.folder.part_bytes() / width) {
             self.piece.resize(numbers.len() * width, 0);
             reader.read_exact(&mut self.piece)?;
             place.number_type.decode(&self.piece, numbers);

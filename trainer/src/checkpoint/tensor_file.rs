@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 
-/// Bytes of data read, written, converted or hashed at a time.
+/// Bytes of data that are computed with at a time.
 pub(crate) const PIECE_BYTES: usize = 8 << 20;
 
 /// The longest header that the format allows.
@@ -180,12 +180,19 @@ impl TensorPlace {
     ) -> std::result::Result<(), E> {
         let mut start = self.bytes.start;
         while start < self.bytes.end {
-            let end = self.bytes.end.min(start + PIECE_BYTES as u64);
+            let end = self.bytes.end.min(start + folder.part_bytes() as u64);
             let bytes = folder.get_range(&self.object, start..end).map_err(CheckpointError::from)?;
+            start = end;
+            // Numbers of a file are mostly those in memory, byte by byte.
+            if self.number_type == NumberType::F32
+                && let Ok(numbers) = bytemuck::try_cast_slice(&bytes)
+            {
+                sink(numbers)?;
+                continue;
+            }
             buffer.resize(bytes.len() / self.number_type.bytes(), 0.0);
             self.number_type.decode(&bytes, buffer);
             sink(buffer)?;
-            start = end;
         }
         Ok(())
     }

@@ -326,13 +326,14 @@ impl ShardSet {
         self.tensors.iter().map(TensorSpec::bytes).sum()
     }
 
-    /// Writes the objects; `fill` gets a tensor with its index and writes its numbers.
+    /// Writes some of the objects; `fill` gets a tensor with its index and writes its numbers.
     pub(crate) fn write<E: From<CheckpointError>>(
         &self,
         folder: &Storage,
+        shards: Range<usize>,
         mut fill: impl FnMut(usize, &TensorSpec, &mut HashingWriter) -> std::result::Result<(), E>,
     ) -> std::result::Result<Vec<CheckpointObject>, E> {
-        (0..self.len()).map(|shard| self.write_one(folder, shard, &mut fill)).collect()
+        shards.map(|shard| self.write_one(folder, shard, &mut fill)).collect()
     }
 
     /// Writes one object, as [`ShardSet::write`] does.

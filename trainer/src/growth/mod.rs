@@ -10,12 +10,11 @@ pub use depth::{LayerMapError, grown_config};
 pub use learn::{LearnData, LearnError, LearnProgress, Learning};
 pub use measure::{DEFAULT_MEASURED_TOKENS, Measure};
 
-use crate::checkpoint::DEFAULT_SHARD_BYTES;
 use crate::checkpoint::{
     CheckpointError, CheckpointLocation, Commit, Commitment, ExtraFile, HuggingFaceFolder, Problem, ShardSet,
-    TensorIndex, commit_of, digest_bytes, list, mask_file, model_specs, moment_specs, put_object,
-    put_small_objects, put_trainer_state, read_record, read_trainer_state, refuse_if_committed, stage_folder,
-    verify,
+    TensorIndex, commit_of, digest_bytes, list, mask_file, model_specs, moment_specs, object_bytes,
+    put_object, put_small_objects, put_trainer_state, read_record, read_trainer_state, refuse_if_committed,
+    stage_folder, verify,
 };
 use crate::model::layout::ParameterLayout;
 use crate::model::mask::WeightMasks;
@@ -29,6 +28,7 @@ use growth_crds::protocol::{
 use measure::{Sample, StoredModel};
 use serde_json::json;
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 use transform::{Buffers, Transform};
 
@@ -236,7 +236,7 @@ pub fn grow_with(
     data: &GrowthData<'_>,
     progress: Progress<'_>,
 ) -> Result<GrownCheckpoint> {
-    let mut growth = Growth::open(source, expected, plan, DEFAULT_SHARD_BYTES)?;
+    let mut growth = Growth::open(source, expected, plan)?;
     growth.learning = data.learning.as_ref();
     growth.run(target, files, &data.measure, progress)
 }
@@ -255,12 +255,7 @@ struct Growth<'a> {
 }
 
 impl<'a> Growth<'a> {
-    fn open(
-        source: &Storage,
-        expected: Option<&ModelConfig>,
-        plan: &'a GrowthPlan,
-        shard_bytes: u64,
-    ) -> Result<Self> {
+    fn open(source: &Storage, expected: Option<&ModelConfig>, plan: &'a GrowthPlan) -> Result<Self> {
         let source = HuggingFaceFolder::open(source)?;
         if let Some(expected) = expected {
             check_source(&source, expected)?;
@@ -271,13 +266,15 @@ impl<'a> Growth<'a> {
         }
         let config = grown_config(source.config(), plan)
             .map_err(|error| GrowthError::Layers { uri: uri(), source: error })?;
+        let layout = ParameterLayout::new(&config);
         let mut growth = Self {
-            layout: ParameterLayout::new(&config),
+            // As training cuts them: equal models have equal objects.
+            shard_bytes: object_bytes(layout.parameter_count() * size_of::<f32>() as u64),
+            layout,
             config,
             plan,
             moments: Vec::new(),
             optimizer_step: 0,
-            shard_bytes,
             learning: None,
             source,
         };
@@ -430,7 +427,8 @@ impl<'a> Growth<'a> {
         growth.is_masked().then(|| GrowthMaskRecord { growth: growth.clone(), masks: growth.masks(0, 1) })
     }
 
-    /// Makes every target tensor from its source, in pieces: memory is bounded by a piece, not by a tensor.
+    /// Makes every target tensor from its source, in pieces: memory is bounded by a piece, not by a tensor. Two objects at
+    /// a time: while one waits for the disk or the bucket, the other goes on.
     fn write_shards(
         &self,
         folder: &Storage,
@@ -439,13 +437,20 @@ impl<'a> Growth<'a> {
         meter: &Meter<'_>,
     ) -> Result<Vec<CheckpointObject>> {
         let transform = Transform::new(self.plan, self.source.config(), &self.config, &self.layout);
-        let mut buffers = Buffers::default();
-        shards.write(folder, |_, tensor, writer| {
-            transform.write(tensor, (self.source.folder(), tensors), &mut buffers, |numbers| {
-                meter.add(4 * numbers.len() as u64);
-                Ok(writer.write_numbers(numbers)?)
+        let write = |objects: Range<usize>| {
+            let mut buffers = Buffers::default();
+            shards.write(folder, objects, |_, tensor, writer| {
+                transform.write(tensor, (self.source.folder(), tensors), &mut buffers, |numbers| {
+                    meter.add(4 * numbers.len() as u64);
+                    Ok(writer.write_numbers(numbers)?)
+                })
             })
-        })
+        };
+        let middle = shards.len() / 2;
+        let (first, second) = rayon::join(|| write(0..middle), || write(middle..shards.len()));
+        let mut objects: Vec<CheckpointObject> = first?;
+        objects.extend(second?);
+        Ok(objects)
     }
 
     /// Runs source and target, as it was written, on the same tokens.

@@ -227,7 +227,8 @@ fn a_plain_folder_grows_into_a_folder_of_its_own() {
 fn shard_size_bounds_the_objects() {
     let source = Source::new(2, false);
     let keep = plan(&[0, 1, 0, 1], OptimizerStatePolicy::Keep);
-    let growth = Growth::open(&source.folder, None, &keep, 4000).unwrap();
+    let mut growth = Growth::open(&source.folder, None, &keep).unwrap();
+    growth.shard_bytes = 4000;
     let target = GrowthTarget::Stage(location(&source.storage, "large", 1));
     let grown = growth.run(&target, &[], &Measure::default(), &mut |_, _| ()).unwrap();
     assert!(grown.manifest.objects.len() > 10);

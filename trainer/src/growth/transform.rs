@@ -9,7 +9,7 @@ mod fresh;
 
 use super::depth::source_name;
 use super::{GrowthError, Result};
-use crate::checkpoint::{PIECE_BYTES, TensorIndex, TensorSpec};
+use crate::checkpoint::{TensorIndex, TensorSpec};
 use crate::model::initializer::standard_deviation;
 use crate::model::layout::{ParameterLayout, ParameterTensor};
 use crate::model::part::Part;
@@ -18,6 +18,9 @@ use crate::storage::Storage;
 use growth_crds::plan::{GrowthPlan, ModelConfig, WidthMap, WidthPlan, WidthRule, WidthSplit};
 use rayon::prelude::*;
 use std::ops::Range;
+
+/// Numbers of a piece of zeros.
+const ZEROS: usize = 1 << 17;
 
 /// How much smaller than the copy before a copy's share is in an uneven split: 7 to 3.
 const UNEVEN_RATIO: f64 = 3.0 / 7.0;
@@ -273,7 +276,7 @@ fn write_zeros(
     buffers: &mut Buffers,
     mut sink: impl FnMut(&[f32]) -> Result<()>,
 ) -> Result<()> {
-    let piece = count.min(PIECE_BYTES / 4);
+    let piece = count.min(ZEROS);
     buffers.output.clear();
     buffers.output.resize(piece, 0.0);
     for first in (0..count).step_by(piece.max(1)) {
@@ -297,7 +300,7 @@ impl Recipe<'_> {
         };
         let place = tensors.expect(folder, source, shape)?;
         let (width, source_width) = (tensor.shape.last().copied().unwrap_or(1), self.columns.source);
-        let at_once = (PIECE_BYTES / 4 / width.max(source_width)).max(1);
+        let at_once = (folder.part_bytes() / 4 / width.max(source_width)).max(1);
         let zero = self.transform.is_zero(self.name, self.part);
         let mut target = 0;
         for &(from, count) in &self.rows.runs {

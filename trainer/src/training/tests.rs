@@ -82,6 +82,17 @@ fn train_masked(
     Trained { state, parts, reports, validation }
 }
 
+/// So the position in the data is exact in tokens, whatever changes between attempts or stages.
+#[test]
+fn a_step_is_shared_without_gap_or_overlap() {
+    for (micro_batch_tokens, ranks) in [(8, 1), (16, 1), (64, 1), (8, 2), (8, 8), (16, 4), (32, 2)] {
+        let sizes = StepSizes { sequence: 8, micro_batch_tokens, global_batch_tokens: 64 };
+        let own = |rank| StepEngine::new(small(), sizes, rank, ranks).own_tokens();
+        let all: Vec<usize> = (0..ranks).flat_map(own).collect();
+        assert_eq!(all, (0..64).collect::<Vec<_>>(), "{micro_batch_tokens} tokens, {ranks} ranks");
+    }
+}
+
 /// Bits of a whole vector of moments, put together from the parts of all ranks.
 fn whole(ranks: &[Trained], moments: impl Fn(&TrainingState) -> &Vec<f32>) -> Vec<u32> {
     let mut whole = vec![u32::MAX; ranks[0].state.parameters.len()];

@@ -230,7 +230,7 @@ impl Growth<'_> {
         learned: &Learned,
         meter: &Meter<'_>,
     ) -> super::Result<Vec<CheckpointObject>> {
-        shards.write(folder, |_, tensor, writer| {
+        shards.write(folder, 0..shards.len(), |_, tensor, writer| {
             let range = self.layout.find(&tensor.name).map(|tensor| tensor.range()).unwrap_or_default();
             for piece in learned.parameters[range].chunks(PIECE_BYTES / 4) {
                 meter.add(4 * piece.len() as u64);

@@ -1,8 +1,8 @@
 //! What RandomDepth and RandomWidth add: the first weights that the target would have had, had it been trained from
 //! scratch. They need no zeros, because the masks of the growth keep them out of the function at first.
 
-use super::{Buffers, PIECE_BYTES, Part, Recipe, Transform, Vector, add_noise, write_zeros};
-use crate::checkpoint::TensorSpec;
+use super::{Buffers, Part, Recipe, Transform, Vector, add_noise, write_zeros};
+use crate::checkpoint::{PIECE_BYTES, TensorSpec};
 use crate::growth::Result;
 use crate::model::initializer::standard_deviation;
 use crate::random;
