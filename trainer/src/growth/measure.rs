@@ -270,17 +270,19 @@ impl StoredModel<'_> {
         let (inputs, outputs) = (x.len() / rows, self.outputs(name));
         let place = self.tensors.expect(self.folder, name, &[outputs, inputs])?;
         let at_once = (PIECE_BYTES / 4 / inputs).max(1);
-        let mut buffer = Vec::new();
+        let (mut buffer, mut numbers) = (Vec::new(), Vec::new());
         for first in (0..outputs).step_by(at_once) {
             let count = at_once.min(outputs - first);
             let part = place.part(first * inputs..(first + count) * inputs);
-            part.read(self.folder, &mut buffer, |weights| {
-                let weights = self.masked(name, first * inputs, weights);
-                let weights = Matrix::new(&weights, count, inputs);
-                let out = MatrixMut::strided(&mut out[column + first..], rows, count, stride);
-                gemm(out, Matrix::new(x, rows, inputs), weights.t(), output);
+            numbers.clear();
+            part.read(self.folder, &mut buffer, |part| {
+                numbers.extend_from_slice(part);
                 Ok::<(), GrowthError>(())
             })?;
+            let weights = self.masked(name, first * inputs, &numbers);
+            let weights = Matrix::new(&weights, count, inputs);
+            let out = MatrixMut::strided(&mut out[column + first..], rows, count, stride);
+            gemm(out, Matrix::new(x, rows, inputs), weights.t(), output);
         }
         Ok(())
     }

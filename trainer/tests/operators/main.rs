@@ -172,12 +172,18 @@ fn growing_again_gives_the_same_bits_and_another_seed_others() {
 
 #[test]
 fn what_is_measured_is_what_the_models_compute() {
+    measured_is_what_models_compute(&base());
+    // Matrices that are read in several parts.
+    measured_is_what_models_compute(&ModelConfig { hidden_size: 48, vocab_size: 12_000, ..base() });
+}
+
+fn measured_is_what_models_compute(config: &ModelConfig) {
     let folder = Folder::new();
-    let source = Model::random(&base(), 1);
+    let source = Model::random(config, 1);
     folder.write("source", &source, false);
     let plan =
         resolve(&source.config, &spec(json!({"operator": "Stack", "factor": 3})), &ModelSpec::default());
-    let text = tokens(23, 200, 8);
+    let text = tokens(config.vocab_size, 200, 8);
     let measure = Measure { tokens: 150, text: Some(text.clone()), ..Measure::default() };
     let grown = folder.grow("source", "grown", &plan, &measure);
     let again = folder.grow("source", "grown", &plan, &measure);
