@@ -68,17 +68,26 @@ impl GrowthPlan {
         (GrowthEffect::Preserving, reason)
     }
 
+    /// Layers of the target.
+    pub fn target_layers(&self) -> u32 {
+        let with_source = u32::try_from(self.layers.len()).unwrap_or(MAX_LAYERS);
+        with_source.saturating_add(self.new_layers.map_or(0, |new| new.count))
+    }
+
+    /// Whether a layer of the target has no source.
+    pub fn lacks_source(&self, layer: u32) -> bool {
+        layer as usize >= self.layers.len()
+    }
+
     /// The source with the depth and the widths of the target.
     pub fn grown(&self, source: &ModelConfig) -> ModelConfig {
-        let old = u32::try_from(self.layers.len()).unwrap_or(MAX_LAYERS);
-        let num_hidden_layers = old.saturating_add(self.new_layers.map_or(0, |new| new.count));
         let learned = self.learn.as_ref().and_then(|learn| learn.width.as_ref());
         let widened = match (&self.width, learned) {
             (Some(width), _) => width.grown(source),
             (None, Some(width)) => width.grown(source),
             (None, None) => source.clone(),
         };
-        ModelConfig { num_hidden_layers, ..widened }
+        ModelConfig { num_hidden_layers: self.target_layers(), ..widened }
     }
 }
 

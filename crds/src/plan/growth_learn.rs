@@ -170,6 +170,16 @@ impl LearnPlan {
         self.seed = training.seed;
     }
 
+    /// Tokens of all steps.
+    pub fn tokens(&self) -> u64 {
+        self.steps.saturating_mul(self.batch_tokens)
+    }
+
+    /// Floating-point operations of all steps, for a target of this architecture.
+    fn flops(&self, target: &ModelConfig) -> f64 {
+        target.training_flops(self.sequence_length, self.tokens()).exact
+    }
+
     /// Forward and backward passes of a step.
     pub fn micro_batches(&self) -> u64 {
         self.batch_tokens / self.micro_batch_tokens
@@ -222,9 +232,10 @@ fn check_options(spec: &LearnSpec, field: &str, findings: &mut Findings) -> Opti
 impl StagePlan {
     /// Floating-point operations of learning the stage's growth, before its first step; 0 where nothing is learned.
     pub fn learning_flops(&self) -> f64 {
-        let StageStart::Growth(GrowthPlan { learn: Some(learn), .. }) = &self.start else { return 0.0 };
-        let tokens = learn.steps.saturating_mul(learn.batch_tokens);
-        self.model.training_flops(learn.sequence_length, tokens).exact
+        match &self.start {
+            StageStart::Growth(GrowthPlan { learn: Some(learn), .. }) => learn.flops(&self.model),
+            _ => 0.0,
+        }
     }
 }
 
@@ -240,13 +251,12 @@ impl GrowthPlan {
     pub(super) fn note_learning(&self, field: &str, source: &ModelConfig, findings: &mut Findings) {
         let Some(learn) = &self.learn else { return };
         let target = self.grown(source);
-        let tokens = learn.steps.saturating_mul(learn.batch_tokens);
-        let flops = target.training_flops(learn.sequence_length, tokens).exact;
         findings.note(format!(
-            "{field}: {:?} learns for {} steps of {} tokens ({flops:.1e} FLOPs) and holds source, target and gradients in memory, about {:.1} GB; other operators need no more for a larger model",
+            "{field}: {:?} learns for {} steps of {} tokens ({:.1e} FLOPs) and holds source, target and gradients in memory, about {:.1} GB; other operators need no more for a larger model",
             self.operator,
             learn.steps,
             learn.batch_tokens,
+            learn.flops(&target),
             learn.memory_bytes(source, &target) as f64 / 1e9,
         ));
     }

@@ -6,7 +6,7 @@
 
 use super::error::Findings;
 use super::training::Batch;
-use super::{GrowthOperator, GrowthPlan, WidthMap, WidthRule};
+use super::{GrowthOperator, GrowthPlan, WidthMap, WidthPlan, WidthRule};
 use crate::quantity::TokenCount;
 use crate::spec::stage::StageSpec;
 use serde::{Deserialize, Serialize};
@@ -36,8 +36,12 @@ impl GrowthMasks {
 impl GrowthPlan {
     /// Whether what is new is masked at first.
     pub fn is_masked(&self) -> bool {
-        self.new_layers.is_some()
-            || self.width.as_ref().is_some_and(|width| matches!(width.rule, WidthRule::Random { .. }))
+        self.new_layers.is_some() || self.masked_width().is_some()
+    }
+
+    /// The widths, where new channels are masked at first.
+    pub fn masked_width(&self) -> Option<&WidthPlan> {
+        self.width.as_deref().filter(|width| matches!(width.rule, WidthRule::Random { .. }))
     }
 
     /// The masks after so many tokens of a ramp of `ramp_tokens`. What grows takes turns, with an equal part of the ramp
@@ -45,8 +49,8 @@ impl GrowthPlan {
     pub fn masks(&self, tokens: u64, ramp_tokens: u64) -> GrowthMasks {
         let mut masks = GrowthMasks::OPEN;
         let progress = (tokens as f64 / ramp_tokens.max(1) as f64).min(1.0);
-        let width = self.width.as_ref().filter(|width| matches!(width.rule, WidthRule::Random { .. }));
-        let grows = |map: fn(&super::WidthPlan) -> &WidthMap| width.is_some_and(|width| map(width).has_new());
+        let width = self.masked_width();
+        let grows = |map: fn(&WidthPlan) -> &WidthMap| width.is_some_and(|width| map(width).has_new());
         let turns = [
             (grows(|width| &width.intermediate), &mut masks.intermediate),
             (grows(|width| &width.hidden), &mut masks.hidden),

@@ -97,10 +97,8 @@ impl NewParametersPlan {
 impl GrowthPlan {
     /// Target layers that the source does not have, in order: further copies of its layers, and layers without a source.
     pub fn added_layers(&self) -> Vec<u32> {
-        let first = self.layers.len() as u32;
-        let without_source = self.new_layers.map_or(0, |new| new.count);
         let mut layers = further_copies(&self.layers);
-        layers.extend(first..first.saturating_add(without_source));
+        layers.extend(self.layers.len() as u32..self.target_layers());
         layers
     }
 

@@ -141,14 +141,24 @@ impl WidthMap {
 }
 
 impl WidthPlan {
-    /// The maps with their names and the sizes of the source.
-    fn maps<'a>(&'a self, source: &ModelConfig) -> [(&'static str, &'a WidthMap, u32); 4] {
+    /// The maps with their names and the sizes of a model.
+    pub(crate) fn maps<'a>(&'a self, model: &ModelConfig) -> [(&'static str, &'a WidthMap, u32); 4] {
         [
-            ("hidden", &self.hidden, source.hidden_size),
-            ("heads", &self.heads, source.num_attention_heads),
-            ("keyValueHeads", &self.key_value_heads, source.num_key_value_heads),
-            ("intermediate", &self.intermediate, source.intermediate_size),
+            ("hidden", &self.hidden, model.hidden_size),
+            ("heads", &self.heads, model.num_attention_heads),
+            ("keyValueHeads", &self.key_value_heads, model.num_key_value_heads),
+            ("intermediate", &self.intermediate, model.intermediate_size),
         ]
+    }
+
+    /// Of every query head of the target whether it is new beside a key and value head that is not: it passes old values
+    /// on.
+    pub fn new_heads_at_old_keys(&self) -> Vec<bool> {
+        let group = (self.heads.target() / self.key_value_heads.target().max(1)).max(1) as usize;
+        let keys: Vec<bool> = self.key_value_heads.sources().map(|source| source.is_some()).collect();
+        let passes_on =
+            |(head, source): (usize, Option<u32>)| source.is_none() && keys.get(head / group) == Some(&true);
+        self.heads.sources().enumerate().map(passes_on).collect()
     }
 
     /// Whether the plan can be carried out on `source`.

@@ -27,21 +27,15 @@ impl GrowthMaskRecord {
     pub fn fits(&self, config: &ModelConfig) -> bool {
         let GrowthMasks { intermediate, hidden, heads, layers } = self.masks;
         let masks = [intermediate, hidden, heads, layers].iter().all(|mask| (0.0..=1.0).contains(mask));
-        let widths = self.growth.width.as_ref().is_none_or(|width| {
-            let maps = [&width.hidden, &width.heads, &width.key_value_heads, &width.intermediate];
-            let sizes = [
-                config.hidden_size,
-                config.num_attention_heads,
-                config.num_key_value_heads,
-                config.intermediate_size,
-            ];
-            maps.map(|map| map.target()) == sizes
-        });
-        let layers =
-            self.growth.layers.len() as u64 + u64::from(self.growth.new_layers.map_or(0, |new| new.count));
-        masks && widths && layers == u64::from(config.num_hidden_layers)
+        let widths = self
+            .growth
+            .width
+            .as_ref()
+            .is_none_or(|width| width.maps(config).iter().all(|(_, map, size)| map.target() == *size));
+        masks && widths && self.growth.target_layers() == config.num_hidden_layers
     }
 }
+
 /// Name of the learned matrices inside a checkpoint's folder.
 pub const LEARNED_MATRICES_FILE: &str = "learned.safetensors";
 

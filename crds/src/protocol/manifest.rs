@@ -39,6 +39,13 @@ pub struct CheckpointManifest {
     pub objects: Vec<CheckpointObject>,
 }
 
+impl CheckpointManifest {
+    /// Whether the checkpoint has an object of that name.
+    pub fn lists(&self, name: &str) -> bool {
+        self.objects.iter().any(|object| object.name == name)
+    }
+}
+
 /// One object of a checkpoint.
 #[derive(Serialize, Deserialize, Debug, Clone, PartialEq, Eq)]
 #[serde(rename_all = "camelCase")]

@@ -10,7 +10,7 @@ use serde_json::json;
 
 /// Whether a checkpoint is one inside the ramp of a growth.
 pub fn has_mask(manifest: &CheckpointManifest) -> bool {
-    manifest.objects.iter().any(|object| object.name == GROWTH_MASK_FILE)
+    manifest.lists(GROWTH_MASK_FILE)
 }
 
 /// The object for a checkpoint, which is part of its state.

@@ -27,8 +27,7 @@ impl std::fmt::Display for Problem {
 /// # Errors
 /// When the storage does not answer.
 pub fn read_record(folder: &Storage, manifest: &CheckpointManifest, name: &str) -> Result<Option<Bytes>> {
-    let is_there = manifest.objects.iter().any(|object| object.name == name);
-    is_there.then(|| Ok(folder.get(name)?)).transpose()
+    manifest.lists(name).then(|| Ok(folder.get(name)?)).transpose()
 }
 
 /// Digest of some bytes as manifests write it.

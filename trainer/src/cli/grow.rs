@@ -267,7 +267,7 @@ fn grow_folder(arguments: &Arguments, reporter: &mut Reporter) -> anyhow::Result
         job: "grow".to_owned(),
         stage: "grown".to_owned(),
     };
-    let learned_tokens = plan.learn.as_ref().map_or(0, |learn| learn.steps * learn.batch_tokens + 1);
+    let learned_tokens = plan.learn.as_ref().map_or(0, |learn| learn.tokens().saturating_add(1));
     let mut text = text(arguments, &folder, usize::try_from(learned_tokens)?)?;
     // What is learned on says nothing about what was learned.
     let measured = arguments.measure_tokens.saturating_add(1);

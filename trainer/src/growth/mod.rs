@@ -19,7 +19,7 @@ use crate::checkpoint::{
 use crate::model::layout::ParameterLayout;
 use crate::model::mask::WeightMasks;
 use crate::storage::Storage;
-use growth_crds::plan::growth_map::{connection_rate, further_copies};
+use growth_crds::plan::growth_map::connection_rate;
 use growth_crds::plan::{GrowthPlan, ModelConfig, OptimizerStatePolicy};
 use growth_crds::protocol::{
     CheckpointManifest, CheckpointObject, CheckpointOrigin, ConnectionRate, GROWTH_MASK_FILE,
@@ -481,15 +481,13 @@ impl<'a> Growth<'a> {
         let small = ParameterLayout::new(source);
         let (kept, pairs) = connection_rate(&plan.layers);
         let (expected, reason) = plan.effect(source.num_hidden_layers);
-        let old_layers = plan.layers.len() as u32;
-        let added = self.config.num_hidden_layers - old_layers;
-        let new_layers = old_layers..self.config.num_hidden_layers;
-        let new_layers: BTreeSet<u32> = further_copies(&plan.layers).into_iter().chain(new_layers).collect();
+        let without_source = plan.new_layers.map_or(0, |new| new.count);
+        let added_layers: BTreeSet<u32> = plan.added_layers().into_iter().collect();
         let mut record = GrowthRecord {
             operator: plan.operator,
             layers: plan.layers.clone(),
-            new_layers: added,
-            connection_rate: ConnectionRate { kept, pairs: pairs + added as usize },
+            new_layers: without_source,
+            connection_rate: ConnectionRate { kept, pairs: pairs + without_source as usize },
             source_parameters: small.parameter_count(),
             target_parameters: self.layout.parameter_count(),
             optimizer_state: plan.optimizer_state,
@@ -503,7 +501,7 @@ impl<'a> Growth<'a> {
         };
         for tensor in self.layout.tensors() {
             let from = small.find(&depth::source_name(&tensor.name, &plan.layers));
-            if tensor.layer.is_some_and(|layer| new_layers.contains(&layer)) {
+            if tensor.layer.is_some_and(|layer| added_layers.contains(&layer)) {
                 record.new_tensors.push(tensor.name.clone());
             } else if from.is_some_and(|from| from.shape != tensor.shape) {
                 record.widened_tensors.push(tensor.name.clone());

@@ -115,11 +115,9 @@ impl Axes {
             WidthRule::Zero { .. } | WidthRule::Random { .. } => WidthSplit::Even,
         };
         let mut heads = Axis::new(&plan.heads.times(head_dim), split);
-        let group = (plan.heads.target() / plan.key_value_heads.target() * head_dim) as usize;
-        let keys: Vec<bool> = plan.key_value_heads.sources().map(|source| source.is_some()).collect();
+        let live = plan.new_heads_at_old_keys();
         for (index, channel) in heads.channels.iter_mut().flatten().enumerate() {
-            // A new query head at an old value head passes old values on.
-            channel.live = channel.source.is_none() && keys[index / group];
+            channel.live = live[index / head_dim as usize];
         }
         Self {
             hidden: Axis::new(&plan.hidden, split),

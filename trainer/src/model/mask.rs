@@ -22,7 +22,7 @@
 use super::layout::{ParameterLayout, ParameterTensor};
 use super::part::Part;
 use growth_crds::plan::growth_mask::GrowthMasks;
-use growth_crds::plan::{GrowthPlan, ModelConfig, WidthMap, WidthPlan, WidthRule};
+use growth_crds::plan::{GrowthPlan, ModelConfig, WidthMap, WidthPlan};
 use rayon::prelude::*;
 use std::ops::Range;
 use std::sync::Arc;
@@ -59,11 +59,10 @@ impl WeightMasks {
         masks: &GrowthMasks,
     ) -> Self {
         let sides = Sides::new(plan, config, masks);
-        let first_new = plan.new_layers.map(|_| plan.layers.len() as u32);
         let scaled = |tensor: &ParameterTensor| {
             let part = Part::of(&tensor.name);
             let (rows, columns) = sides.of(part);
-            let is_new = tensor.layer.zip(first_new).is_some_and(|(layer, first)| layer >= first);
+            let is_new = tensor.layer.is_some_and(|layer| plan.lacks_source(layer));
             let factor = if is_new && part.writes_residual() { masks.layers as f32 } else { 1.0 };
             let width = tensor.shape.last().copied().unwrap_or(1).max(1);
             let changes = factor != 1.0 || rows.is_some() || columns.is_some();
@@ -126,8 +125,7 @@ struct Sides {
 
 impl Sides {
     fn new(plan: &GrowthPlan, config: &ModelConfig, masks: &GrowthMasks) -> Self {
-        let width = plan.width.as_deref().filter(|width| matches!(width.rule, WidthRule::Random { .. }));
-        let Some(width) = width else { return Self::default() };
+        let Some(width) = plan.masked_width() else { return Self::default() };
         let head_dim = config.head_dim as usize;
         let norm = norm_scale(&width.hidden, masks.hidden);
         let has_new = width.hidden.has_new();
@@ -178,11 +176,7 @@ fn side(map: &WidthMap, mask: f64, width: usize) -> Side {
 }
 
 fn context_side(width: &WidthPlan, mask: f64, head_dim: usize) -> Side {
-    let group = (width.heads.target() / width.key_value_heads.target().max(1)).max(1) as usize;
-    let keys: Vec<bool> = width.key_value_heads.sources().map(|source| source.is_some()).collect();
-    let is_loose =
-        |(head, source): (usize, Option<u32>)| source.is_none() && keys.get(head / group) == Some(&true);
-    let loose: Vec<bool> = width.heads.sources().enumerate().map(is_loose).collect();
+    let loose = width.new_heads_at_old_keys();
     let scale = |loose: bool| if loose { mask as f32 } else { 1.0 };
     let scales = || loose.iter().flat_map(|loose| std::iter::repeat_n(scale(*loose), head_dim)).collect();
     loose.contains(&true).then(scales)

@@ -163,7 +163,7 @@ pub(super) struct Learned {
 
 impl Learned {
     pub(super) fn record(&self, plan: &LearnPlan) -> LearnRecord {
-        LearnRecord { steps: plan.steps, tokens: plan.steps * plan.batch_tokens, losses: self.losses.clone() }
+        LearnRecord { steps: plan.steps, tokens: plan.tokens(), losses: self.losses.clone() }
     }
 }
 

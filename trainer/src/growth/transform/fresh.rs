@@ -15,7 +15,7 @@ impl Transform<'_> {
     /// Whether it belongs to a layer without a source.
     pub(super) fn is_new(&self, name: &str) -> bool {
         let layer = self.layout.find(name).and_then(|tensor| tensor.layer);
-        self.plan.new_layers.is_some() && layer.is_some_and(|layer| layer as usize >= self.plan.layers.len())
+        layer.is_some_and(|layer| self.plan.lacks_source(layer))
     }
 
     /// Writes a tensor of a new layer: gains of 1, random weights, moments of 0.
