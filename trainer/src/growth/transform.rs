@@ -12,7 +12,7 @@ use super::{GrowthError, Result};
 use crate::checkpoint::{TensorIndex, TensorSpec};
 use crate::model::initializer::standard_deviation;
 use crate::model::layout::{ParameterLayout, ParameterTensor};
-use crate::model::part::Part;
+use crate::model::part::{OfWidths, Part};
 use crate::random;
 use crate::storage::Storage;
 use growth_crds::plan::{GrowthPlan, ModelConfig, WidthMap, WidthPlan, WidthRule, WidthSplit};
@@ -27,7 +27,7 @@ const UNEVEN_RATIO: f64 = 3.0 / 7.0;
 
 /// One axis of the target: of every index its source, how many copies that has, and which of them it is.
 #[derive(Debug)]
-struct Axis {
+struct ChannelMap {
     runs: Vec<(Option<usize>, usize)>,
     source: usize,
     /// Absent where nothing changes.
@@ -47,7 +47,7 @@ struct Channel {
     live: bool,
 }
 
-impl Axis {
+impl ChannelMap {
     fn unchanged(size: usize) -> Self {
         Self { runs: vec![(Some(0), size)], source: size, channels: None }
     }
@@ -99,32 +99,22 @@ fn share(split: WidthSplit, copy: u32, copies: u32) -> f32 {
     }
 }
 
-/// The axes of a model.
-#[derive(Debug)]
-struct Axes {
-    hidden: Axis,
-    heads: Axis,
-    keys: Axis,
-    inner: Axis,
-}
-
-impl Axes {
-    fn new(plan: &WidthPlan, head_dim: u32) -> Self {
-        let split = match plan.rule {
-            WidthRule::Direct { split, .. } => split,
-            WidthRule::Zero { .. } | WidthRule::Random { .. } => WidthSplit::Even,
-        };
-        let mut heads = Axis::new(&plan.heads.times(head_dim), split);
-        let live = plan.new_heads_at_old_keys();
-        for (index, channel) in heads.channels.iter_mut().flatten().enumerate() {
-            channel.live = live[index / head_dim as usize];
-        }
-        Self {
-            hidden: Axis::new(&plan.hidden, split),
-            heads,
-            keys: Axis::new(&plan.key_value_heads.times(head_dim), split),
-            inner: Axis::new(&plan.intermediate, split),
-        }
+/// The channels of every width.
+fn channel_maps(plan: &WidthPlan, head_dim: u32) -> OfWidths<ChannelMap> {
+    let split = match plan.rule {
+        WidthRule::Direct { split, .. } => split,
+        WidthRule::Zero { .. } | WidthRule::Random { .. } => WidthSplit::Even,
+    };
+    let mut heads = ChannelMap::new(&plan.heads.times(head_dim), split);
+    let live = plan.new_heads_at_old_keys();
+    for (index, channel) in heads.channels.iter_mut().flatten().enumerate() {
+        channel.live = live[index / head_dim as usize];
+    }
+    OfWidths {
+        hidden: ChannelMap::new(&plan.hidden, split),
+        heads,
+        keys: ChannelMap::new(&plan.key_value_heads.times(head_dim), split),
+        inner: ChannelMap::new(&plan.intermediate, split),
     }
 }
 
@@ -140,7 +130,7 @@ pub(super) struct Transform<'a> {
     plan: &'a GrowthPlan,
     target: &'a ModelConfig,
     layout: &'a ParameterLayout,
-    axes: Option<Axes>,
+    axes: Option<OfWidths<ChannelMap>>,
 }
 
 /// How one tensor is made.
@@ -149,8 +139,8 @@ struct Recipe<'a> {
     name: &'a str,
     part: Part,
     vector: Vector,
-    rows: &'a Axis,
-    columns: &'a Axis,
+    rows: &'a ChannelMap,
+    columns: &'a ChannelMap,
     /// Standard deviation of random weights.
     std: f64,
 }
@@ -162,7 +152,7 @@ impl<'a> Transform<'a> {
         target: &'a ModelConfig,
         layout: &'a ParameterLayout,
     ) -> Self {
-        let axes = plan.width.as_ref().map(|width| Axes::new(width, source.head_dim));
+        let axes = plan.width.as_ref().map(|width| channel_maps(width, source.head_dim));
         Self { plan, target, layout, axes }
     }
 
@@ -242,23 +232,20 @@ pub(super) fn add_noise(plan: &GrowthPlan, target: &ModelConfig, name: &str, fir
 }
 
 /// Rows and columns of a tensor; a gain is one row.
-fn whole_axes(shape: &[usize]) -> (Axis, Axis) {
+fn whole_axes(shape: &[usize]) -> (ChannelMap, ChannelMap) {
     match shape {
-        [columns] => (Axis::unchanged(1), Axis::unchanged(*columns)),
-        _ => (Axis::unchanged(shape[0]), Axis::unchanged(shape[1])),
+        [columns] => (ChannelMap::unchanged(1), ChannelMap::unchanged(*columns)),
+        _ => (ChannelMap::unchanged(shape[0]), ChannelMap::unchanged(shape[1])),
     }
 }
 
-fn axes_of<'a>(part: Part, axes: &'a Axes, whole: &'a (Axis, Axis)) -> (&'a Axis, &'a Axis) {
-    let Axes { hidden, heads, keys, inner } = axes;
-    match part {
-        Part::Embedding | Part::Head | Part::Norm | Part::FinalNorm => (&whole.0, hidden),
-        Part::Query => (heads, hidden),
-        Part::Key | Part::Value => (keys, hidden),
-        Part::Output => (hidden, heads),
-        Part::Gate | Part::Up => (inner, hidden),
-        Part::Down => (hidden, inner),
-    }
+fn axes_of<'a>(
+    part: Part,
+    axes: &'a OfWidths<ChannelMap>,
+    whole: &'a (ChannelMap, ChannelMap),
+) -> (&'a ChannelMap, &'a ChannelMap) {
+    let (rows, columns) = part.axes();
+    (rows.map_or(&whole.0, |rows| axes.of(rows)), axes.of(columns))
 }
 
 /// Buffers of a piece.

@@ -16,6 +16,45 @@ pub(crate) enum Part {
     Head,
 }
 
+/// An axis of a tensor, as long as a width of the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Axis {
+    /// The residual stream.
+    Hidden,
+    /// Queries of all heads.
+    Query,
+    /// Keys of all key heads.
+    Key,
+    /// Values of all key heads.
+    Value,
+    /// Inside the MLP.
+    Inner,
+    /// Attention output of all query heads.
+    Context,
+}
+
+/// Something for every width that a growth changes.
+#[derive(Debug)]
+pub(crate) struct OfWidths<T> {
+    pub hidden: T,
+    /// Channels of query heads.
+    pub heads: T,
+    /// Channels of key and value heads.
+    pub keys: T,
+    pub inner: T,
+}
+
+impl<T> OfWidths<T> {
+    pub(crate) fn of(&self, axis: Axis) -> &T {
+        match axis {
+            Axis::Hidden => &self.hidden,
+            Axis::Query | Axis::Context => &self.heads,
+            Axis::Key | Axis::Value => &self.keys,
+            Axis::Inner => &self.inner,
+        }
+    }
+}
+
 impl Part {
     pub(crate) fn of(name: &str) -> Self {
         let is = |part: &str| name.ends_with(part);
@@ -34,12 +73,26 @@ impl Part {
         }
     }
 
+    /// Its rows, where they are a width (those of embedding and head are the vocabulary, and a gain is one row), and its
+    /// columns.
+    pub(crate) const fn axes(self) -> (Option<Axis>, Axis) {
+        match self {
+            Self::Embedding | Self::Head | Self::Norm | Self::FinalNorm => (None, Axis::Hidden),
+            Self::Query => (Some(Axis::Query), Axis::Hidden),
+            Self::Key => (Some(Axis::Key), Axis::Hidden),
+            Self::Value => (Some(Axis::Value), Axis::Hidden),
+            Self::Output => (Some(Axis::Hidden), Axis::Context),
+            Self::Gate | Self::Up => (Some(Axis::Inner), Axis::Hidden),
+            Self::Down => (Some(Axis::Hidden), Axis::Inner),
+        }
+    }
+
     pub(crate) fn is_norm(self) -> bool {
         matches!(self, Self::Norm | Self::FinalNorm)
     }
 
     /// Whether it writes into the residual stream.
-    pub(crate) fn writes_residual(self) -> bool {
+    pub(crate) const fn writes_residual(self) -> bool {
         matches!(self, Self::Output | Self::Down)
     }
 }

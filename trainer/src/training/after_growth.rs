@@ -2,6 +2,7 @@
 //! parameters.
 
 use crate::model::layout::{ParameterLayout, ParameterTensor};
+use crate::model::part::{OfWidths, Part};
 use crate::model::trainable::Trainable;
 use crate::ops::adamw::NewElements;
 use growth_crds::plan::{GrowthPlan, NewParametersPlan, StagePlan, StageStart, WidthMap, WidthPlan};
@@ -87,68 +88,35 @@ impl AfterGrowth {
 /// What of every tensor is new: new layers, and in the others rows and columns that are new or further copies.
 pub fn new_parts(growth: &GrowthPlan, head_dim: u32, layout: &ParameterLayout) -> Vec<NewPart> {
     let new_layers = growth.added_layers();
-    let axes = growth.width.as_deref().map(|width| NewAxes::new(width, head_dim));
-    let part = |tensor: &ParameterTensor| match &axes {
+    let new = growth.width.as_deref().map(|width| new_channels_of(width, head_dim));
+    let part = |tensor: &ParameterTensor| match &new {
         _ if tensor.layer.is_some_and(|layer| new_layers.contains(&layer)) => NewPart::All,
-        Some(axes) => axes.part(tensor),
+        Some(new) => new_elements(tensor, new),
         None => NewPart::Nothing,
     };
     layout.tensors().iter().map(part).collect()
 }
 
-/// Which channels are new.
-struct NewAxes {
-    hidden: Vec<bool>,
-    heads: Vec<bool>,
-    keys: Vec<bool>,
-    inner: Vec<bool>,
+/// Which channels of every width are new.
+fn new_channels_of(width: &WidthPlan, head_dim: u32) -> OfWidths<Vec<bool>> {
+    OfWidths {
+        hidden: new_channels(&width.hidden),
+        heads: new_channels(&width.heads.times(head_dim)),
+        keys: new_channels(&width.key_value_heads.times(head_dim)),
+        inner: new_channels(&width.intermediate),
+    }
 }
 
-impl NewAxes {
-    fn new(width: &WidthPlan, head_dim: u32) -> Self {
-        Self {
-            hidden: new_channels(&width.hidden),
-            heads: new_channels(&width.heads.times(head_dim)),
-            keys: new_channels(&width.key_value_heads.times(head_dim)),
-            inner: new_channels(&width.intermediate),
-        }
+fn new_elements(tensor: &ParameterTensor, new: &OfWidths<Vec<bool>>) -> NewPart {
+    let (rows, columns) = Part::of(&tensor.name).axes();
+    let columns = new.of(columns).clone();
+    // The vocabulary does not grow, and a gain is one row.
+    let unchanged = || vec![false; tensor.len / columns.len()];
+    let rows = rows.map_or_else(unchanged, |rows| new.of(rows).clone());
+    if rows.contains(&true) || columns.contains(&true) {
+        return NewPart::Elements(Arc::new(NewElements { rows, columns }));
     }
-
-    fn part(&self, tensor: &ParameterTensor) -> NewPart {
-        let (rows, columns) = self.axes_of(&tensor.name);
-        let unchanged = |size: usize| vec![false; size];
-        let (height, width) = match *tensor.shape {
-            [width] => (1, width),
-            [height, width] => (height, width),
-            _ => return NewPart::Nothing,
-        };
-        let rows = rows.cloned().unwrap_or_else(|| unchanged(height));
-        let columns = columns.cloned().unwrap_or_else(|| unchanged(width));
-        if rows.contains(&true) || columns.contains(&true) {
-            return NewPart::Elements(Arc::new(NewElements { rows, columns }));
-        }
-        NewPart::Nothing
-    }
-
-    /// What the rows and the columns of a tensor are.
-    fn axes_of(&self, name: &str) -> (Option<&Vec<bool>>, Option<&Vec<bool>>) {
-        let is = |part: &str| name.ends_with(&format!("{part}.weight"));
-        let hidden = Some(&self.hidden);
-        if is("q_proj") {
-            (Some(&self.heads), hidden)
-        } else if is("k_proj") || is("v_proj") {
-            (Some(&self.keys), hidden)
-        } else if is("o_proj") {
-            (hidden, Some(&self.heads))
-        } else if is("gate_proj") || is("up_proj") {
-            (Some(&self.inner), hidden)
-        } else if is("down_proj") {
-            (hidden, Some(&self.inner))
-        } else {
-            // Embedding, head and gains.
-            (None, hidden)
-        }
-    }
+    NewPart::Nothing
 }
 
 /// Whether each channel is new or a further copy.

@@ -13,8 +13,9 @@
 //! once for each of its query heads: its block of two query heads at the same place of their groups is the block of `B_V`
 //! of their key heads, and zero at different places.
 
-use super::tables::{Axis, KINDS, Kind, Table};
+use super::tables::{KINDS, Kind, Table};
 use crate::model::layout::ParameterLayout;
+use crate::model::part::Axis;
 use crate::ops::gemm::{Matrix, MatrixMut, Output, gemm};
 use crate::random;
 use growth_crds::plan::{GrowthPlan, LearnPlan, LearnedWidth, ModelConfig, WidthMap};
@@ -109,7 +110,7 @@ impl Generator {
             let head_dim = source.head_dim as usize;
             let of = |axis: &Axis| {
                 let map = axis.map(maps, source.head_dim);
-                let name = format!("width.{}", axis.name());
+                let name = format!("width.{}", axis.matrix_name());
                 matrix(name, map.target() as usize, map.source as usize)
             };
             let (heads, keys) = (source.num_attention_heads as usize, source.num_key_value_heads as usize);

@@ -1,25 +1,9 @@
 //! Which tensors there are, where they lie, and which matrices stand on their sides.
 
 use crate::model::layout::ParameterLayout;
+use crate::model::part::{Axis, Part};
 use growth_crds::plan::{LearnedWidth, ModelConfig, WidthMap};
 use std::ops::Range;
-
-/// An axis of a weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Axis {
-    /// The residual stream.
-    Hidden,
-    /// Queries of all heads.
-    Query,
-    /// Keys of all key heads.
-    Key,
-    /// Values of all key heads.
-    Value,
-    /// Inside the MLP.
-    Inner,
-    /// Attention output of all query heads; follows from [`Axis::Value`].
-    Context,
-}
 
 impl Axis {
     /// The axes with a matrix of their own.
@@ -33,7 +17,7 @@ impl Axis {
         Self::LEARNED.iter().position(|axis| *axis == self)
     }
 
-    pub(super) fn name(self) -> &'static str {
+    pub(super) fn matrix_name(self) -> &'static str {
         match self {
             Self::Hidden => "hidden",
             Self::Query => "query",
@@ -68,23 +52,20 @@ pub(super) struct Kind {
 
 /// Every kind, in the order of the layout.
 pub(super) const KINDS: [Kind; 9] = [
-    gain("input_layernorm"),
-    matrix("self_attn.q_proj", Axis::Query, Axis::Hidden, false),
-    matrix("self_attn.k_proj", Axis::Key, Axis::Hidden, false),
-    matrix("self_attn.v_proj", Axis::Value, Axis::Hidden, false),
-    matrix("self_attn.o_proj", Axis::Hidden, Axis::Context, true),
-    gain("post_attention_layernorm"),
-    matrix("mlp.gate_proj", Axis::Inner, Axis::Hidden, false),
-    matrix("mlp.up_proj", Axis::Inner, Axis::Hidden, false),
-    matrix("mlp.down_proj", Axis::Hidden, Axis::Inner, true),
+    kind("input_layernorm", Part::Norm),
+    kind("self_attn.q_proj", Part::Query),
+    kind("self_attn.k_proj", Part::Key),
+    kind("self_attn.v_proj", Part::Value),
+    kind("self_attn.o_proj", Part::Output),
+    kind("post_attention_layernorm", Part::Norm),
+    kind("mlp.gate_proj", Part::Gate),
+    kind("mlp.up_proj", Part::Up),
+    kind("mlp.down_proj", Part::Down),
 ];
 
-const fn gain(name: &'static str) -> Kind {
-    Kind { name, rows: None, columns: Axis::Hidden, writes_residual: false }
-}
-
-const fn matrix(name: &'static str, rows: Axis, columns: Axis, writes_residual: bool) -> Kind {
-    Kind { name, rows: Some(rows), columns, writes_residual }
+const fn kind(name: &'static str, part: Part) -> Kind {
+    let (rows, columns) = part.axes();
+    Kind { name, rows, columns, writes_residual: part.writes_residual() }
 }
 
 /// Tensors of one kind: those of neighbouring layers lie `stride` elements apart.
