@@ -1,6 +1,7 @@
 //! What a person sees while a job works: a bar per step of the job on a terminal, a line every few seconds
 //! elsewhere, nothing when asked for machine-readable output.
 
+use comfy_table::{CellAlignment, Table, presets};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
@@ -169,6 +170,22 @@ fn bar(name: &str, unit: Unit, total: u64, done: u64) -> ProgressBar {
     // What an earlier run did must not count into the rate.
     bar.reset_eta();
     bar
+}
+
+/// A table in plain text: all columns from `first_number` on stand at the right.
+pub fn table<const N: usize>(
+    titles: [&str; N],
+    first_number: usize,
+    rows: impl IntoIterator<Item = [String; N]>,
+) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    table.set_header(titles);
+    table.add_rows(rows);
+    for column in table.column_iter_mut().skip(first_number) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    table.to_string()
 }
 
 /// `1.23M`: three digits and a decimal unit.

@@ -1,10 +1,9 @@
 //! `growth-trainer checkpoint`
 
 use super::{End, Options, load_job, print_json};
-use comfy_table::{Table, presets};
 use growth_trainer::checkpoint::{self, Commit, HuggingFaceFolder};
 use growth_trainer::job;
-use growth_trainer::progress::{bytes, count};
+use growth_trainer::progress::{self, bytes, count};
 use growth_trainer::storage::{Storage, StorageOptions};
 use std::path::PathBuf;
 
@@ -60,13 +59,11 @@ fn list(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
         print_json(&rows)?;
         return Ok(End::Done);
     }
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(["STAGE", "STEP", "ATTEMPT", "STATE", "TOKENS", "SIZE", "COMMITTED", "URI"]);
-    for row in &rows {
+    let titles = ["STAGE", "STEP", "ATTEMPT", "STATE", "TOKENS", "SIZE", "COMMITTED", "URI"];
+    let cells = rows.iter().map(|row| {
         let text = |name: &str| row[name].as_str().map_or_else(|| row[name].to_string(), ToOwned::to_owned);
         let number = |name: &str| row[name].as_u64().unwrap_or(0);
-        table.add_row([
+        [
             text("stage"),
             text("step"),
             text("attempt"),
@@ -75,9 +72,9 @@ fn list(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
             bytes(number("bytes")),
             text("committedAt"),
             text("uri"),
-        ]);
-    }
-    println!("{table}");
+        ]
+    });
+    println!("{}", progress::table(titles, titles.len(), cells));
     Ok(End::Done)
 }
 

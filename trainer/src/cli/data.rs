@@ -1,11 +1,10 @@
 //! `growth-trainer data`
 
 use super::{End, Options, load_job, plan::find_stage, print_json};
-use comfy_table::{Table, presets};
 use growth_crds::protocol::Outcome;
 use growth_trainer::data::Dataset;
 use growth_trainer::job_file::LoadedJob;
-use growth_trainer::progress::{bytes, count};
+use growth_trainer::progress::{self, bytes, count};
 use growth_trainer::training::stage::training_order;
 use growth_trainer::{checkpoint, job};
 use safetensors::tensor::{Dtype, TensorView};
@@ -72,19 +71,18 @@ fn prepare(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
         )?;
         return Ok(End::Done);
     }
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(["PART", "DOCUMENTS", "TEXT", "TOKENS", "BYTES/TOKEN", "SKIPPED"]);
-    for part in dataset.parts() {
-        table.add_row([
+    let titles = ["PART", "DOCUMENTS", "TEXT", "TOKENS", "BYTES/TOKEN", "SKIPPED"];
+    let rows = dataset.parts().map(|part| {
+        [
             part.uri.clone(),
             part.documents.to_string(),
             bytes(part.bytes),
             count(part.tokens as f64),
             format!("{:.2}", part.bytes as f64 / part.tokens.max(1) as f64),
             part.skipped.to_string(),
-        ]);
-    }
+        ]
+    });
+    let table = progress::table(titles, 1, rows);
     println!("{table}\n\nvocabulary {}, dataset {}", dataset.tokenizer().vocab_size(), dataset.digest());
     Ok(End::Done)
 }

@@ -3,8 +3,8 @@
 use super::{End, Options, eval::absolute, print_json, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::{
-    CheckpointGrowth, Freeze, GrowthOperator, GrowthPlan, Initializer, JobPlan, LayerOrder,
-    OptimizerStatePolicy, ScheduleAcrossGrowth, StageStart, WidthSplit, resolve_checkpoint_growth,
+    CheckpointGrowth, Freeze, GrowthOperator, GrowthPlan, Initializer, LayerOrder, OptimizerStatePolicy,
+    ScheduleAcrossGrowth, StageStart, WidthSplit, resolve_checkpoint_growth,
 };
 use growth_crds::protocol::{
     GrowthMeasurement, GrowthRecord, GrowthSample, LearnRecord, Outcome, checkpoint_status,
@@ -375,10 +375,7 @@ fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result
         })?;
     let dataset = match &growth.learn {
         // It learns on the data of the job, which must be there; for the others it is only measured on.
-        Some(_) => {
-            let of_job = JobPlan { job: plan.job.clone(), stages: vec![plan.clone()], notes: Vec::new() };
-            Some(job::prepare_data(&of_job, &storage, reporter)?)
-        }
+        Some(_) => Some(job::prepare_data_of_stage(&plan, &storage, reporter)?),
         None => job::held_out(&storage, &plan.job),
     };
     let (stage, dataset) = (&plan, dataset.as_ref());

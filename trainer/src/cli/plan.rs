@@ -2,11 +2,10 @@
 
 use super::{End, Options, load_job, print_json};
 use anyhow::{Context, ensure};
-use comfy_table::{CellAlignment, Table, presets};
 use growth_crds::plan::guideline::{self, Guide};
 use growth_crds::plan::{FreezePlan, GrowthPlan, JobPlan, StagePlan, StageStart, TrainingPlan, WidthMap};
 use growth_crds::quantity::TokenCount;
-use growth_trainer::progress::{bytes, count};
+use growth_trainer::progress::{self, bytes, count};
 use std::path::PathBuf;
 
 /// Resolves a job into its stages and shows what each will do and cost: parameters, tokens, FLOPs, memory. Reads
@@ -118,21 +117,10 @@ pub fn find_stage<'a>(plan: &'a JobPlan, name: &str) -> anyhow::Result<&'a Stage
 }
 
 fn table(plan: &JobPlan) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header([
-        "STAGE",
-        "LAYERS",
-        "PARAMETERS",
-        "NON-EMBEDDING",
-        "TOKENS",
-        "STEPS",
-        "6ND FLOPS",
-        "FLOPS",
-        "MEMORY",
-    ]);
-    for stage in &plan.stages {
-        table.add_row([
+    let titles =
+        ["STAGE", "LAYERS", "PARAMETERS", "NON-EMBEDDING", "TOKENS", "STEPS", "6ND FLOPS", "FLOPS", "MEMORY"];
+    let rows = plan.stages.iter().map(|stage| {
+        [
             stage.stage.clone(),
             stage.model.num_hidden_layers.to_string(),
             count(stage.parameters.total as f64),
@@ -142,12 +130,9 @@ fn table(plan: &JobPlan) -> String {
             format!("{:.2e}", stage.flops.six_nd),
             format!("{:.2e}", stage.flops.exact),
             bytes(stage.memory.total_bytes),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table.to_string()
+        ]
+    });
+    progress::table(titles, 1, rows)
 }
 
 fn describe_growth(growth: &GrowthPlan) -> String {

@@ -2,7 +2,7 @@
 
 use super::{End, Options, print_json, stop_flag};
 use anyhow::{Context, ensure};
-use growth_crds::plan::{JobPlan, StagePlan};
+use growth_crds::plan::StagePlan;
 use growth_crds::protocol::{Outcome, contract};
 use growth_trainer::collective::{Alone, Collective, Secret};
 use growth_trainer::job::gang::{self, Membership};
@@ -65,8 +65,7 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     if let Some(address) = arguments.listen {
         server::start(address, board.clone()).with_context(|| format!("--listen {address}"))?;
     }
-    let of_job = JobPlan { job: plan.job.clone(), stages: vec![plan.clone()], notes: Vec::new() };
-    let dataset = job::prepare_data(&of_job, &storage, &mut reporter)?;
+    let dataset = job::prepare_data_of_stage(&plan, &storage, &mut reporter)?;
     let attempt = arguments.attempt;
     let inputs = StageInputs {
         plan: &plan,

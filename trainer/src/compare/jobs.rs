@@ -56,7 +56,7 @@ pub struct Run {
 }
 
 /// FLOPs of a stage and of what is learned before it.
-fn flops_of(stage: &StagePlan) -> f64 {
+pub fn flops_of(stage: &StagePlan) -> f64 {
     stage.learning_flops() + stage.flops.exact
 }
 

@@ -2,12 +2,9 @@
 
 use super::jobs::{Comparison, Recipe, Run};
 use super::measures::{Estimate, speedup};
-use crate::checkpoint;
 use crate::job::{self, Result};
 use crate::report::{CurvePoint, StageReport};
 use crate::storage::Storage;
-use growth_crds::plan::StagePlan;
-use growth_crds::protocol::{GROWTH_RECORD_FILE, GrowthRecord};
 use serde::Serialize;
 
 /// The paper's figure 3: our operators by its names, in its order.
@@ -161,7 +158,7 @@ fn run_report(run: &Run, storage: &Storage) -> Result<RunReport> {
     let last = stages.last();
     let finished = last.is_some_and(|stage| stage.tokens >= stage.target_tokens);
     let before = stages.len().checked_sub(2).and_then(|before| stages.get(before));
-    let growth = plan.stages.last().map(|stage| growth_of(storage, stage)).transpose()?.flatten();
+    let growth = last.and_then(|stage| stage.growth.as_ref()?.record.measured.as_ref());
     let grown = |value: fn(&StageReport) -> Option<f64>, stage: Option<&StageReport>| {
         stage.filter(|_| stages.len() > 1).and_then(value)
     };
@@ -174,7 +171,7 @@ fn run_report(run: &Run, storage: &Storage) -> Result<RunReport> {
         speedup: None,
         loss_before_growth: grown(|stage| stage.validation_loss_after, before),
         loss_after_growth: grown(|stage| stage.validation_loss_before, last),
-        max_logit_difference: growth.and_then(|growth| growth.measured?.max_logit_difference),
+        max_logit_difference: growth.and_then(|measured| measured.max_logit_difference),
         training_seconds: stages.iter().map(|stage| stage.training_seconds).sum(),
         checkpoint: last.and_then(|stage| stage.checkpoint.clone()),
         curves: stages
@@ -182,19 +179,6 @@ fn run_report(run: &Run, storage: &Storage) -> Result<RunReport> {
             .map(|stage| StageCurve { stage: stage.stage, points: stage.curve })
             .collect(),
     })
-}
-
-/// The record of the growth step that a stage began with, in the newest checkpoint that has one.
-fn growth_of(storage: &Storage, stage: &StagePlan) -> Result<Option<GrowthRecord>> {
-    let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
-    for manifest in found.iter().rev().filter_map(|found| found.committed()) {
-        if manifest.objects.iter().any(|object| object.name == GROWTH_RECORD_FILE) {
-            let bytes = checkpoint::checkpoint_folder(storage, manifest).get(GROWTH_RECORD_FILE)?;
-            // A record that cannot be read says nothing about the run.
-            return Ok(serde_json::from_slice(&bytes).ok());
-        }
-    }
-    Ok(None)
 }
 
 fn recipe_report(recipe: &Recipe, mut runs: Vec<RunReport>, scratch: Option<&RecipeReport>) -> RecipeReport {

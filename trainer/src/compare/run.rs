@@ -1,6 +1,6 @@
 //! Runs the jobs of a comparison, over the same storage and by the same code as any job.
 
-use super::jobs::Comparison;
+use super::jobs::{Comparison, flops_of};
 use crate::checkpoint::{self, CheckpointLocation};
 use crate::data::Dataset;
 use crate::job::{self, JobEnd, JobError, JobRecord, Result};
@@ -24,7 +24,7 @@ impl Work<'_> {
     /// FLOPs that it still has to spend when nothing of it is done.
     fn flops(&self) -> f64 {
         let shared = usize::from(self.base.is_some());
-        self.job.plan.stages.iter().skip(shared).map(|stage| stage.flops.exact).sum()
+        self.job.plan.stages.iter().skip(shared).map(flops_of).sum()
     }
 }
 
@@ -58,14 +58,12 @@ pub fn run(
     let dataset = job::prepare_data(&first.job.plan, &storage, reporter)?;
     let shared = Shared { storage, dataset, stop };
     let mut clock = Clock::new(&works);
-    let (bases, runs): (Vec<Work<'_>>, Vec<Work<'_>>) = works.iter().partition(|work| {
-        work.base.is_none() && comparison.bases.iter().any(|base| base.plan.job == work.job.plan.job)
-    });
+    let (bases, runs) = works.split_at(comparison.bases.len());
     let mut end = JobEnd::AlreadyFinished;
     for works in [bases, runs] {
         let part = match at_once {
-            0 | 1 => shared.one_by_one(&works, &mut clock, reporter)?,
-            _ => shared.side_by_side(&works, at_once, &mut clock, reporter)?,
+            0 | 1 => shared.one_by_one(works, &mut clock, reporter)?,
+            _ => shared.side_by_side(works, at_once, &mut clock, reporter)?,
         };
         match part {
             JobEnd::Stopped => return Ok(JobEnd::Stopped),
@@ -76,7 +74,7 @@ pub fn run(
     Ok(end)
 }
 
-/// Every job, in the order in which it runs.
+/// Every job, bases first, in the order in which it runs.
 fn works(comparison: &Comparison) -> Vec<Work<'_>> {
     let bases = comparison.bases.iter().map(|job| Work { job, base: None });
     let runs = (0..comparison.spec.seeds.len()).flat_map(|seed| {
@@ -113,7 +111,9 @@ impl Shared<'_> {
         let mut end = JobEnd::AlreadyFinished;
         for work in works {
             let begins = clock.begin(work);
-            if !self.is_trained(work)? {
+            if let Some(last) = work.job.plan.stages.last()
+                && !job::seems_finished(&self.storage, last)?
+            {
                 reporter.note(&begins);
             }
             match self.run(work, reporter)? {
@@ -199,13 +199,6 @@ impl Shared<'_> {
             self.adopt_base(&base.plan, plan, reporter)?;
         }
         job::run(work.job, Some(1), self.stop, reporter)
-    }
-
-    /// Whether there is a checkpoint of its last step; whether that is good, the job itself finds out.
-    fn is_trained(&self, work: &Work<'_>) -> Result<bool> {
-        let Some(last) = work.job.plan.stages.last() else { return Ok(true) };
-        let found = checkpoint::list(&self.storage, &last.job, &last.stage)?;
-        Ok(found.iter().any(|found| found.committed().is_some_and(|manifest| manifest.step >= last.steps)))
     }
 
     fn pin_dataset(&self, plan: &JobPlan) -> Result<()> {

@@ -3,8 +3,7 @@
 use super::jobs::Comparison;
 use super::measures::Estimate;
 use super::results::{ComparisonReport, RecipeReport};
-use crate::progress::count;
-use comfy_table::{CellAlignment, Table, presets};
+use crate::progress::{self, count};
 use std::fmt::Write as _;
 
 /// Titles of the results, in the order of [`cells`].
@@ -29,7 +28,7 @@ pub fn budget_table(comparison: &Comparison) -> String {
             let values: Vec<String> = stages.iter().map(|stage| count(value(stage))).collect();
             values.join(" -> ")
         };
-        vec![
+        [
             recipe.name.clone(),
             join(|stage| stage.parameters.total as f64),
             stages.len().to_string(),
@@ -39,23 +38,13 @@ pub fn budget_table(comparison: &Comparison) -> String {
             format!("{:.1} %", 100.0 * recipe.base_share()),
         ]
     });
-    plain(titles.map(str::to_owned).to_vec(), rows)
+    progress::table(titles, 1, rows)
 }
 
 /// The results, for a terminal.
 pub fn result_table(report: &ComparisonReport) -> String {
-    plain(TITLES.map(str::to_uppercase).to_vec(), report.recipes.iter().map(|recipe| cells(recipe).to_vec()))
-}
-
-fn plain(titles: Vec<String>, rows: impl Iterator<Item = Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header(titles);
-    table.add_rows(rows);
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table.to_string()
+    let titles = TITLES.map(str::to_uppercase);
+    progress::table(titles.each_ref().map(String::as_str), 1, report.recipes.iter().map(cells))
 }
 
 fn cells(recipe: &RecipeReport) -> [String; 9] {

@@ -202,6 +202,16 @@ fn ranks_of(job: &GrowthTrainingJob, plan: &StagePlan) -> usize {
     usize::try_from(size).unwrap_or(1)
 }
 
+/// Whether a stage has a checkpoint of its last step. [`finished`] finds out whether that is good, and reads every byte
+/// for it.
+///
+/// # Errors
+/// When the storage does not answer.
+pub fn seems_finished(storage: &Storage, stage: &StagePlan) -> Result<bool> {
+    let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
+    Ok(found.iter().any(|found| found.committed().is_some_and(|manifest| manifest.step >= stage.steps)))
+}
+
 /// The last checkpoint of a stage that has trained all its tokens.
 ///
 /// # Errors
@@ -211,9 +221,7 @@ pub fn finished(
     stage: &StagePlan,
     reporter: &Reporter,
 ) -> Result<Option<CheckpointManifest>> {
-    // Verifying reads every byte: only where the listing says that there is something to find.
-    let found = checkpoint::list(storage, &stage.job, &stage.stage)?;
-    if !found.iter().any(|found| found.committed().is_some_and(|manifest| manifest.step >= stage.steps)) {
+    if !seems_finished(storage, stage)? {
         return Ok(None);
     }
     let mut warn = |text: String| reporter.note(&format!("warning: {text}"));
@@ -228,16 +236,28 @@ pub fn finished(
 /// # Errors
 /// When sources or storage cannot be read.
 pub fn prepare_data(plan: &JobPlan, storage: &Storage, reporter: &mut Reporter) -> Result<Dataset> {
-    if let Some(digest) = pinned_dataset(storage, &plan.job)? {
-        return Ok(Dataset::open(storage, &digest, Verification::Sizes)?);
-    }
     let Some(first) = plan.stages.first() else {
         return Err(JobError::Record { uri: plan.job.clone(), reason: "the job has no stages".to_owned() });
     };
+    prepare_data_of_stage(first, storage, reporter)
+}
+
+/// [`prepare_data`] for who knows one stage only: all stages of a job have the same data.
+///
+/// # Errors
+/// When sources or storage cannot be read.
+pub fn prepare_data_of_stage(
+    plan: &StagePlan,
+    storage: &Storage,
+    reporter: &mut Reporter,
+) -> Result<Dataset> {
+    if let Some(digest) = pinned_dataset(storage, &plan.job)? {
+        return Ok(Dataset::open(storage, &digest, Verification::Sizes)?);
+    }
     reporter.begin("data", Unit::Bytes, 0, 0);
     let shown = RefCell::new(&mut *reporter);
     let dataset =
-        data::prepare(&first.data, storage, &storage_options(&first.storage), first.training.seed, &|p| {
+        data::prepare(&plan.data, storage, &storage_options(&plan.storage), plan.training.seed, &|p| {
             shown.borrow_mut().advance(p.bytes_done, p.bytes_total, p.phase.to_string());
         })?;
     reporter.finish();

@@ -5,6 +5,7 @@ use crate::model::block::{self, BlockGradients, BlockWeights};
 use crate::model::layout::ParameterLayout;
 use crate::model::trainable::Trainable;
 use crate::ops::gemm::{Matrix, MatrixMut, Output, gemm};
+use crate::ops::gradient::GradientTree;
 use crate::ops::rope::RopeTable;
 use crate::ops::{cross_entropy, embedding, rmsnorm};
 use growth_crds::plan::ModelConfig;
@@ -74,6 +75,39 @@ impl Llama {
         scale: f32,
     ) -> f64 {
         self.train_with(gradients, activations, parameters, tokens, scale, &mut |_, _| ())
+    }
+
+    /// [`Llama::train`] on micro-batches of `size` tokens, one after another: their gradients are summed in `gradients`,
+    /// to be taken from there by [`GradientTree::finish`], and the sum of losses of each is returned. Calls `ready` as
+    /// [`Llama::train_with`] does, in the last micro-batch, when the bucket of the whole sum is complete.
+    pub fn train_micro_batches(
+        &self,
+        gradients: &mut GradientTree,
+        activations: &mut Activations,
+        parameters: &[f32],
+        (tokens, size): (Tokens<'_>, usize),
+        scale: f32,
+        ready: &mut dyn FnMut(usize, &mut [f32]),
+    ) -> Vec<f64> {
+        let buckets = self.layout.buckets();
+        let count = tokens.ids.len() / size;
+        let micro_batches = tokens.ids.chunks_exact(size).zip(tokens.targets.chunks_exact(size));
+        let micro_batches = micro_batches.map(|(ids, targets)| Tokens { ids, targets, ..tokens });
+        let mut losses = Vec::with_capacity(count);
+        for (index, tokens) in micro_batches.enumerate() {
+            if index + 1 < count {
+                losses.push(self.train(gradients.leaf(), activations, parameters, tokens, scale));
+                gradients.push();
+                continue;
+            }
+            let (leaf, waiting) = gradients.last_leaf();
+            let mut complete = |bucket: usize, leaf: &mut [f32]| {
+                waiting.add_to(leaf, buckets[bucket].clone());
+                ready(bucket, leaf);
+            };
+            losses.push(self.train_with(leaf, activations, parameters, tokens, scale, &mut complete));
+        }
+        losses
     }
 
     /// [`Llama::train`], which calls `ready` with the number of each bucket ([`ParameterLayout::buckets`]) and all

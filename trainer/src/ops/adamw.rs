@@ -24,6 +24,11 @@ pub struct AdamWStep {
     pub gradient_scale: f64,
 }
 
+/// What a gradient of this global norm is multiplied by, so that its norm is at most `clip`; 0 is no limit.
+pub fn clip_scale(clip: f64, norm: f64) -> f64 {
+    if clip > 0.0 && norm > clip { clip / norm } else { 1.0 }
+}
+
 /// Updates the parameters `p` and both moments in place from the gradients `g`; all have one length.
 ///
 /// p -= lr wd p; m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2;

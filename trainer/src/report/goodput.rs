@@ -1,8 +1,7 @@
 //! What a stage's wall time was spent on, over all its attempts, and what had to be done twice.
 
-use crate::progress::{count, duration};
+use crate::progress::{self, count, duration};
 use crate::training::attempt::AttemptRecord;
-use comfy_table::{CellAlignment, Table, presets};
 use serde::Serialize;
 
 /// The time of a stage, from the first attempt's start to the last one's end. The parts add up to `wall_seconds`, but for
@@ -68,9 +67,7 @@ impl Goodput {
 
 /// One row a stage; nothing where no attempt is known.
 pub fn goodput_table<'a>(stages: impl IntoIterator<Item = (&'a str, Goodput)>) -> Option<String> {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header([
+    let titles = [
         "STAGE",
         "ATTEMPTS",
         "WALL TIME",
@@ -81,27 +78,25 @@ pub fn goodput_table<'a>(stages: impl IntoIterator<Item = (&'a str, Goodput)>) -
         "RESTART",
         "LOST",
         "LOST TOKENS",
-    ]);
-    let mut rows = 0;
-    for (stage, goodput) in stages.into_iter().filter(|(_, goodput)| goodput.attempts > 0) {
-        rows += 1;
-        table.add_row([
-            stage.to_owned(),
-            goodput.attempts.to_string(),
-            duration(goodput.wall_seconds),
-            format!("{:.1}%", 100.0 * goodput.share()),
-            duration(goodput.waiting_seconds),
-            duration(goodput.evaluation_seconds),
-            duration(goodput.checkpoint_seconds),
-            duration(goodput.restart_seconds),
-            duration(goodput.lost_seconds),
-            count(goodput.lost_tokens as f64),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    (rows > 0).then(|| table.to_string())
+    ];
+    let known = stages.into_iter().filter(|(_, goodput)| goodput.attempts > 0);
+    let rows: Vec<_> = known
+        .map(|(stage, goodput)| {
+            [
+                stage.to_owned(),
+                goodput.attempts.to_string(),
+                duration(goodput.wall_seconds),
+                format!("{:.1}%", 100.0 * goodput.share()),
+                duration(goodput.waiting_seconds),
+                duration(goodput.evaluation_seconds),
+                duration(goodput.checkpoint_seconds),
+                duration(goodput.restart_seconds),
+                duration(goodput.lost_seconds),
+                count(goodput.lost_tokens as f64),
+            ]
+        })
+        .collect();
+    (!rows.is_empty()).then(|| progress::table(titles, 1, rows))
 }
 
 #[cfg(test)]

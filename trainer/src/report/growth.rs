@@ -1,7 +1,6 @@
 //! What the growth steps of a job did, from the records that they left in the checkpoints.
 
-use crate::progress::count;
-use comfy_table::{CellAlignment, Table, presets};
+use crate::progress::{self, count};
 use growth_crds::plan::StagePlan;
 use growth_crds::protocol::{GrowthRecord, growth_status};
 use serde::Serialize;
@@ -78,9 +77,7 @@ impl GrowthReport {
 
 /// One row a growth step; nothing where none is known.
 pub fn growth_table<'a>(growths: impl IntoIterator<Item = (&'a str, &'a GrowthReport)>) -> Option<String> {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header([
+    let titles = [
         "STAGE",
         "GROWTH",
         "LAYERS",
@@ -91,29 +88,27 @@ pub fn growth_table<'a>(growths: impl IntoIterator<Item = (&'a str, &'a GrowthRe
         "LOSS BEFORE",
         "RIGHT AFTER",
         "LOGITS DIFFER BY",
-    ]);
-    let mut rows = 0;
-    for (stage, GrowthReport { from, to, record }) in growths {
-        rows += 1;
-        let summary = growth_status(record);
-        let cell = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-        table.add_row([
-            stage.to_owned(),
-            format!("{:?}", record.operator),
-            format!("{} -> {}", from.layers, to.layers),
-            from.widths(to),
-            format!("{} -> {}", count(from.parameters as f64), count(to.parameters as f64)),
-            summary.connection_rate,
-            record.expected.to_string(),
-            cell(summary.loss_before),
-            cell(summary.loss_after),
-            cell(summary.max_logit_difference),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(7) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    (rows > 0).then(|| table.to_string())
+    ];
+    let rows: Vec<_> = growths
+        .into_iter()
+        .map(|(stage, GrowthReport { from, to, record })| {
+            let summary = growth_status(record);
+            let cell = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+            [
+                stage.to_owned(),
+                format!("{:?}", record.operator),
+                format!("{} -> {}", from.layers, to.layers),
+                from.widths(to),
+                format!("{} -> {}", count(from.parameters as f64), count(to.parameters as f64)),
+                summary.connection_rate,
+                record.expected.to_string(),
+                cell(summary.loss_before),
+                cell(summary.loss_after),
+                cell(summary.max_logit_difference),
+            ]
+        })
+        .collect();
+    (!rows.is_empty()).then(|| progress::table(titles, 7, rows))
 }
 
 #[cfg(test)]

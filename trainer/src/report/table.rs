@@ -1,14 +1,11 @@
 //! The summary table.
 
 use super::StageReport;
-use crate::progress::{count, duration};
-use comfy_table::{CellAlignment, Table, presets};
+use crate::progress::{self, count, duration};
 
 /// One row a stage.
 pub fn table(stages: &[StageReport]) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING);
-    table.set_header([
+    let titles = [
         "STAGE",
         "LAYERS",
         "PARAMETERS",
@@ -18,9 +15,9 @@ pub fn table(stages: &[StageReport]) -> String {
         "TIME",
         "LOSS BEFORE",
         "LOSS AFTER",
-    ]);
-    for stage in stages {
-        table.add_row([
+    ];
+    let rows = stages.iter().map(|stage| {
+        [
             stage.stage.clone(),
             stage.layers.to_string(),
             count(stage.parameters as f64),
@@ -30,12 +27,9 @@ pub fn table(stages: &[StageReport]) -> String {
             duration(stage.training_seconds),
             loss(stage.validation_loss_before),
             loss(stage.validation_loss_after),
-        ]);
-    }
-    for column in table.column_iter_mut().skip(1) {
-        column.set_cell_alignment(CellAlignment::Right);
-    }
-    table.to_string()
+        ]
+    });
+    progress::table(titles, 1, rows)
 }
 
 fn loss(value: Option<f64>) -> String {

@@ -201,29 +201,22 @@ impl StepEngine {
     ) -> Result<Vec<f64>, CollectiveError> {
         let Self { model, activations, gradients, shards, sizes, masked, .. } = self;
         let parameters = masked.as_mut().map_or(parameters, |masked| masked.of(parameters));
+        let tokens = Tokens { ids, targets, sequence: sizes.sequence };
         let scale = 1.0 / sizes.global_batch_tokens as f32;
-        let count = ids.len() / sizes.micro_batch_tokens;
-        let mut losses = Vec::with_capacity(count);
         let mut sent = Ok(());
-        let micro_batches = ids.chunks_exact(sizes.micro_batch_tokens);
-        let micro_batches = micro_batches.zip(targets.chunks_exact(sizes.micro_batch_tokens));
-        for (index, (ids, targets)) in micro_batches.enumerate() {
-            let tokens = Tokens { ids, targets, sequence: sizes.sequence };
-            if index + 1 < count {
-                losses.push(model.train(gradients.leaf(), activations, parameters, tokens, scale));
-                gradients.push();
-                continue;
+        let mut ready = |bucket: usize, gradients: &mut [f32]| {
+            if sent.is_ok() {
+                sent = collective.start_reduce_scatter(gradients, &shards.buckets()[bucket].slices);
             }
-            let (leaf, waiting) = gradients.last_leaf();
-            let mut ready = |bucket: usize, gradients: &mut [f32]| {
-                let bucket = &shards.buckets()[bucket];
-                waiting.add_to(gradients, bucket.range.clone());
-                if sent.is_ok() {
-                    sent = collective.start_reduce_scatter(gradients, &bucket.slices);
-                }
-            };
-            losses.push(model.train_with(leaf, activations, parameters, tokens, scale, &mut ready));
-        }
+        };
+        let losses = model.train_micro_batches(
+            gradients,
+            activations,
+            parameters,
+            (tokens, sizes.micro_batch_tokens),
+            scale,
+            &mut ready,
+        );
         sent.map(|()| losses)
     }
 
@@ -331,7 +324,6 @@ impl Update<'_> {
 
     fn numbers(&self, kind: TensorKind, step: u64) -> AdamWStep {
         let StepSettings { adam_w, learning_rate, gradient_clip } = self.settings;
-        let norm = self.report.gradient_norm;
         let decays =
             adam_w.decay_norms_and_embeddings || !matches!(kind, TensorKind::Norm | TensorKind::Embedding);
         AdamWStep {
@@ -341,11 +333,7 @@ impl Update<'_> {
             epsilon: adam_w.epsilon,
             weight_decay: if decays { adam_w.weight_decay } else { 0.0 },
             step,
-            gradient_scale: if gradient_clip > 0.0 && norm > gradient_clip {
-                gradient_clip / norm
-            } else {
-                1.0
-            },
+            gradient_scale: adamw::clip_scale(gradient_clip, self.report.gradient_norm),
         }
     }
 }

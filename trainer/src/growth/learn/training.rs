@@ -118,7 +118,7 @@ impl<'a> Learner<'a> {
             epsilon: adam_w.epsilon,
             weight_decay: adam_w.weight_decay,
             step: state.step,
-            gradient_scale: if *clip > 0.0 && norm > *clip { clip / norm } else { 1.0 },
+            gradient_scale: adamw::clip_scale(*clip, norm),
         };
         let LearnState { matrices, exp_avg, exp_avg_sq, .. } = state;
         adamw::update(matrices, exp_avg, exp_avg_sq, &self.d_matrices, &numbers);
@@ -130,21 +130,11 @@ impl<'a> Learner<'a> {
     pub(super) fn gradient(&mut self, matrices: &[f32], ids: &[u32], targets: &[u32]) -> f64 {
         let Self { plan, generator, source, model, activations, gradients, target, space, d_matrices } = self;
         generator.generate(space, source, matrices, target);
+        let tokens = Tokens { ids, targets, sequence: plan.sequence_length as usize };
         let (size, scale) = (plan.micro_batch_tokens as usize, 1.0 / ids.len() as f32);
-        let (count, len) = (ids.len() / size, target.len());
-        let mut sum = 0.0;
-        for (index, (ids, targets)) in ids.chunks_exact(size).zip(targets.chunks_exact(size)).enumerate() {
-            let tokens = Tokens { ids, targets, sequence: plan.sequence_length as usize };
-            if index + 1 < count {
-                sum += model.train(gradients.leaf(), activations, target, tokens, scale);
-                gradients.push();
-            } else {
-                let (leaf, waiting) = gradients.last_leaf();
-                sum += model.train(leaf, activations, target, tokens, scale);
-                waiting.add_to(leaf, 0..len);
-            }
-        }
+        let ready = &mut |_: usize, _: &mut [f32]| ();
+        let losses = model.train_micro_batches(gradients, activations, target, (tokens, size), scale, ready);
         generator.pull_back(space, source, matrices, gradients.finish(), d_matrices);
-        sum / ids.len() as f64
+        losses.iter().sum::<f64>() / ids.len() as f64
     }
 }
