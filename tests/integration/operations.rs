@@ -407,8 +407,9 @@ async fn an_api_server_that_goes_away_and_returns_is_found_again() -> Result<()>
         world.first_job_of("before").await?;
         operator.answers("/livez", 200, "ok").await?;
 
-        world.cluster.stop_component("kube-apiserver")?;
+        // From before the stop: connections break while it is still under way.
         let away = Instant::now();
+        world.cluster.stop_component("kube-apiserver")?;
         let sentence = operator.answers("/livez", 503, "the watch of ").await?;
         let dead_after = away.elapsed();
         assert!(dead_after > Duration::from_secs(3), "{dead_after:?}");
