@@ -24,7 +24,7 @@ use object_store::{
 use std::error::Error;
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use tokio::runtime::Runtime;
@@ -131,7 +131,8 @@ pub(crate) fn yield_to_computation() {
     let _ = rustix::process::setpriority_process(None, LOWEST_PRIORITY);
 }
 
-/// The folder that a `file://` URI means: `~/` is the home folder, a relative path starts at the current folder.
+/// The folder that a `file://` URI means: `~/` is the home folder, a relative path starts at the current folder, and
+/// `..` takes back the name before it, as in a shell.
 ///
 /// # Errors
 /// When there is no home folder to expand.
@@ -146,8 +147,16 @@ pub fn local_path(uri: &str) -> Result<PathBuf> {
             .join(rest),
         None => PathBuf::from(path),
     };
-    std::path::absolute(&path)
-        .map_err(|error| StorageError::Address { uri: uri.to_owned(), reason: error.to_string() })
+    let path = std::path::absolute(&path)
+        .map_err(|error| StorageError::Address { uri: uri.to_owned(), reason: error.to_string() })?;
+    let mut plain = PathBuf::new();
+    for component in path.components() {
+        match component {
+            Component::ParentDir => drop(plain.pop()),
+            other => plain.push(other),
+        }
+    }
+    Ok(plain)
 }
 
 /// What the store is configured with: the environment's variables under their usual names, then what the job says. An
@@ -492,6 +501,15 @@ mod tests {
         sub.delete_all().unwrap();
         assert!(storage.head("a/b/x.txt").unwrap().is_none());
         assert!(sub.list().unwrap().is_empty());
+    }
+
+    #[test]
+    fn local_addresses_are_those_of_a_shell() {
+        assert_eq!(local_path("file:///a/b/../c/./d").unwrap(), PathBuf::from("/a/c/d"));
+        assert_eq!(local_path("/../a/").unwrap(), PathBuf::from("/a"));
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(local_path("file://./a").unwrap(), here.join("a"));
+        assert_eq!(local_path("../a").unwrap(), here.parent().unwrap().join("a"));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 
 pub mod rules;
 
-use growth_crds::GrowthTrainingJob;
+use growth_crds::plan::JobPlan;
+use growth_crds::{GrowthTrainingJob, resolve};
 use serde_json::{Value, json};
 
 /// Two stages: two layers, then eight.
@@ -32,6 +33,23 @@ pub fn example() -> Value {
 /// Reads an object as the real type.
 pub fn job(object: Value) -> GrowthTrainingJob {
     serde_json::from_value(object).expect("a job")
+}
+
+/// Where, a JSON pointer, and what to put there; null removes.
+pub type Edit = (&'static str, Value);
+
+/// [`example`], edited.
+pub fn edited(edits: &[Edit]) -> GrowthTrainingJob {
+    let mut object = example();
+    edits.iter().for_each(|(path, value)| edit(&mut object, path, value));
+    job(object)
+}
+
+/// What [`edited`] resolves to, or its mistakes.
+pub fn plan(edits: &[Edit]) -> Result<JobPlan, Vec<String>> {
+    let job = edited(edits);
+    let name = job.metadata.name.unwrap_or_default();
+    resolve(&name, &job.spec).map_err(|errors| errors.into_iter().map(|error| error.to_string()).collect())
 }
 
 /// Puts a value at a JSON pointer, making objects on the way; null removes.

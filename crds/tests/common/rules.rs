@@ -1,9 +1,7 @@
 //! Every CEL rule of the CRD, with a job that it accepts and one that it refuses.
 
+use super::Edit;
 use serde_json::{Value, json};
-
-/// Where, and what to put there; null removes.
-pub type Edit = (&'static str, Value);
 
 /// What one CEL rule lets pass and what it refuses.
 pub struct Case {

@@ -1,27 +1,12 @@
 //! How a stage trains after its growth, from the spec to the plan, and what each mistake says.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
-
-use common::{edit, example, job};
+use crate::common::{Edit, plan};
 use growth_crds::plan::{
     FreezePlan, GrowthTrainingPlan, JobPlan, NewParametersPlan, SchedulePlan, StagePlan, TrainingPlan,
 };
-use growth_crds::resolve;
 use serde_json::{Value, json};
-
-type Edit = (&'static str, Value);
 
 const SMALL: u64 = 1_048_576;
 const LARGE: u64 = 4_194_304;
-
-fn plan(edits: &[Edit]) -> Result<JobPlan, Vec<String>> {
-    let mut object = example();
-    edits.iter().for_each(|(path, value)| edit(&mut object, path, value));
-    let job = job(object);
-    let name = job.metadata.name.unwrap_or_default();
-    resolve(&name, &job.spec).map_err(|errors| errors.into_iter().map(|error| error.to_string()).collect())
-}
 
 fn stages(edits: &[Edit]) -> Vec<StagePlan> {
     plan(edits).unwrap().stages

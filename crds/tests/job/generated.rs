@@ -1,6 +1,4 @@
 //! Generated files are fresh, and the CRD fits into what `kubectl apply` can store.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use growth_crds::crd::{MAX_BYTES, crd};
 use growth_crds::generated;
 use std::path::Path;

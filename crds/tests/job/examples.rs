@@ -1,6 +1,4 @@
 //! Every file in examples/ is a job that an API server accepts and that resolves.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use growth_crds::admission::admission_errors;
 use growth_crds::plan::{JobPlan, StageStart};
 use growth_crds::{GrowthTrainingJob, resolve};

@@ -1,20 +1,9 @@
 //! Every CEL rule of the CRD, with a job that it accepts and one that it refuses. The table is also tried on a real API
 //! server (`tests/integration/api.rs`).
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
-
-use common::rules::{Case, Edit, creation_cases, update_cases};
-use common::{edit, example, job};
-use growth_crds::GrowthTrainingJob;
+use crate::common::rules::{Case, creation_cases, update_cases};
+use crate::common::{edited, example, job};
 use serde_json::Value;
 use std::collections::BTreeSet;
-
-fn edited(edits: &[Edit]) -> GrowthTrainingJob {
-    let mut object = example();
-    edits.iter().for_each(|(path, value)| edit(&mut object, path, value));
-    job(object)
-}
 
 #[test]
 fn rules_on_one_object() {

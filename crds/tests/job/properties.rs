@@ -1,9 +1,5 @@
 //! What holds for every job, and that no job whatever makes the resolution panic.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
-
-use common::{example, job};
+use crate::common::{example, job};
 use growth_crds::plan::growth_map::parse_pattern;
 use growth_crds::plan::{JobPlan, ModelConfig, StageStart};
 use growth_crds::resolve;

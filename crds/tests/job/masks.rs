@@ -1,25 +1,14 @@
 //! RandomDepth and RandomWidth in a job: what is new, the ramp of its masks, and what each mistake says.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
-
-use common::{edit, example, job};
+use crate::common::{Edit, plan};
 use growth_crds::plan::growth::GrowthEffect;
 use growth_crds::plan::growth_mask::GrowthMasks;
 use growth_crds::plan::{GrowthPlan, Initializer, NewLayersPlan, StagePlan, StageStart, WidthMap, WidthRule};
-use growth_crds::resolve;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
-type Edit = (&'static str, Value);
-
 /// The second stage of a job of steps of 4,096 tokens.
 fn stage(edits: &[Edit]) -> Result<StagePlan, Vec<String>> {
-    let mut object = example();
-    edits.iter().for_each(|(path, value)| edit(&mut object, path, value));
-    let plan = resolve("tiny", &job(object).spec);
-    let plan = plan.map_err(|errors| errors.into_iter().map(|error| error.to_string()).collect::<Vec<_>>());
-    Ok(plan?.stages.remove(1))
+    Ok(plan(edits)?.stages.remove(1))
 }
 
 fn growth(stage: &StagePlan) -> &GrowthPlan {

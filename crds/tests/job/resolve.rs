@@ -1,26 +1,11 @@
 //! From a spec to plans: defaults, growth, tokens, schedules, and what each mistake says.
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
-mod common;
-
-use common::{edit, example, job};
+use crate::common::{Edit, plan};
 use growth_crds::plan::growth::GrowthEffect;
 use growth_crds::plan::{
-    GrowthOperator, GrowthPlan, Initializer, JobPlan, ModelConfig, OptimizerStatePolicy, SchedulePlan,
-    StageStart, WidthMap, WidthPlan, WidthRule, WidthSplit,
+    GrowthOperator, GrowthPlan, Initializer, ModelConfig, OptimizerStatePolicy, SchedulePlan, StageStart,
+    WidthMap, WidthPlan, WidthRule, WidthSplit,
 };
-use growth_crds::resolve;
 use serde_json::{Value, json};
-
-type Edit = (&'static str, Value);
-
-fn plan(edits: &[Edit]) -> Result<JobPlan, Vec<String>> {
-    let mut object = example();
-    edits.iter().for_each(|(path, value)| edit(&mut object, path, value));
-    let job = job(object);
-    let name = job.metadata.name.unwrap_or_default();
-    resolve(&name, &job.spec).map_err(|errors| errors.into_iter().map(|error| error.to_string()).collect())
-}
 
 #[test]
 fn everything_has_a_default() {
