@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
-use common::rules::{Case, Edit, creation_cases, update_cases};
-use common::{edit, example};
+use common::rules::{Case, creation_cases, update_cases};
+use common::{Edit, edit, example};
 use growth_tests::testing::{Environment, TestNamespace};
 use growth_tests::workspace;
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;

@@ -3,9 +3,10 @@
 
 mod common;
 
-use common::{Folder, JOB, stderr};
+use common::{Folder, JOB, program, stderr};
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
-use std::process::Stdio;
+use std::net::TcpListener;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// State digests of both stages of an undisturbed run, and how long it took.
@@ -78,6 +79,10 @@ fn a_finished_job_does_nothing() {
     assert_eq!(before, folder.checkpoints("large"));
 }
 
+fn signal(child: &Child, signal: &str) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
 #[cfg(unix)]
 #[test]
 fn interrupted_it_commits_where_it_stands() {
@@ -93,14 +98,27 @@ fn interrupted_it_commits_where_it_stands() {
             std::thread::yield_now();
         }
         let before = newest();
-        let interrupt =
-            std::process::Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
-        assert!(interrupt.success());
+        signal(&child, "-INT");
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
         newest() > before
     });
     assert!(wrote_one_more, "it never commits where it stands");
+}
+
+/// As the first process of a pod it would outlive a signal that it does not handle.
+#[cfg(unix)]
+#[test]
+fn told_to_end_a_data_preparation_ends_at_once() {
+    let folder = Folder::new(&JOB.replace("file://./runs", "s3://bucket/runs"));
+    let silent_storage = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}", silent_storage.local_addr().unwrap());
+    let mut command = folder.command(&["data", "prepare", "job.yaml"]);
+    let secrets = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_REGION", "c")];
+    let mut child = command.env("AWS_ENDPOINT_URL", endpoint).envs(secrets).spawn().unwrap();
+    let _waits_for_an_answer = silent_storage.accept().unwrap();
+    signal(&child, "-TERM");
+    assert_eq!(child.wait().unwrap().code(), Some(143));
 }
 
 #[test]
@@ -133,13 +151,9 @@ fn on_a_full_disk_the_last_checkpoint_stays_good() {
     let before = folder.final_state("small");
     // The appended stage does not fit: no file may grow beyond 64 KiB.
     folder.write_job(JOB);
-    let program = env!("CARGO_BIN_EXE_growth-trainer");
+    let program = program().display();
     let script = format!("trap '' XFSZ; ulimit -f 64; exec {program} run job.yaml");
-    let output = std::process::Command::new("bash")
-        .args(["-c", &script])
-        .current_dir(folder.path(""))
-        .output()
-        .unwrap();
+    let output = Command::new("bash").args(["-c", &script]).current_dir(folder.path("")).output().unwrap();
     assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
     assert!(stderr(&output).contains("File too large"), "{}", stderr(&output));
     assert_eq!(folder.final_state("small"), before);

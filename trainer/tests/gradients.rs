@@ -16,6 +16,7 @@ use proptest::prelude::*;
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use reference::Reference;
 use reference::autograd::Autograd;
+use reference::random::widen;
 
 /// Allowed error of an f32 output against f64, relative to the largest value: about a hundred roundings of 2^-24.
 const FORWARD_TOLERANCE: f64 = 1e-5;
@@ -100,10 +101,6 @@ fn random_parameters(model: &Llama, random: &mut ChaCha8Rng) -> Vec<f32> {
         parameters[tensor.range()].fill_with(|| middle + size * random.random_range(-1.0f32..1.0));
     }
     parameters
-}
-
-fn widen(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|x| f64::from(*x)).collect()
 }
 
 /// The largest absolute value.

@@ -19,50 +19,27 @@ use growth_trainer::growth::{
     self, GrownCheckpoint, GrowthData, GrowthError, GrowthTarget, LearnData, LearnError, Learning, Measure,
 };
 use growth_trainer::model::activations::Activations;
-use growth_trainer::model::layout::{ParameterLayout, TensorKind};
+use growth_trainer::model::layout::ParameterLayout;
 use growth_trainer::model::llama::{Llama, Tokens};
 use growth_trainer::storage::{Storage, StorageOptions};
 use proptest::prelude::*;
 use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use reference::Reference;
+use reference::random::{small, weights as random_weights, widen};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 use std::collections::HashMap;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 fn base() -> ModelConfig {
-    ModelConfig {
-        hidden_size: 8,
-        intermediate_size: 10,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 4,
-        vocab_size: 23,
-        max_position_embeddings: 16,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
-        tie_word_embeddings: false,
-    }
+    ModelConfig { hidden_size: 8, intermediate_size: 10, head_dim: 4, max_position_embeddings: 16, ..small() }
 }
 
-/// Random weights, some of them equal to nothing else.
 fn weights(config: &ModelConfig, seed: u64) -> Vec<f32> {
-    let layout = ParameterLayout::new(config);
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut parameters = vec![0.0; layout.total_len()];
-    for tensor in layout.tensors() {
-        let (middle, size) = match tensor.kind {
-            TensorKind::Norm => (1.0, 0.6),
-            TensorKind::Embedding => (0.0, 1.0),
-            TensorKind::Matrix | TensorKind::Head => (0.0, (3.0 / tensor.shape[1] as f32).sqrt()),
-        };
-        parameters[tensor.range()].fill_with(|| middle + size * random.random_range(-1.0f32..1.0));
-    }
-    parameters
+    random_weights(&ParameterLayout::new(config), seed)
 }
 
 fn resolve(source: &ModelConfig, growth: Value, model: Value) -> GrowthPlan {
@@ -187,10 +164,6 @@ impl Naive<'_> {
         }
         (rows, columns, out)
     }
-}
-
-fn widen(parameters: &[f32]) -> Vec<f64> {
-    parameters.iter().map(|x| f64::from(*x)).collect()
 }
 
 /// A generator with matrices that are near their first values.
@@ -648,6 +621,14 @@ fn job() -> String {
     large.replace("microBatchTokens: 128\n", "microBatchTokens: 512\n")
 }
 
+fn wait_for(child: &mut Child, what: &str, seen: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(120);
+    while !seen() {
+        assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline, "no {what} appeared");
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn killed_while_it_learns_a_job_ends_in_the_same_bits() {
     let undisturbed = Folder::new(&job());
@@ -656,16 +637,12 @@ fn killed_while_it_learns_a_job_ends_in_the_same_bits() {
 
     let folder = Folder::new(&job());
     let progress = folder.path("runs/tiny/learn/large");
-    let stored = || std::fs::read_dir(&progress).map_or(0, |entries| entries.flatten().count());
+    let stored = || progress.read_dir().map_or(0, |entries| entries.flatten().count());
     for kill in 1..=2 {
         let mut command = folder.command(&["run", "job.yaml", "--quiet", "--threads", "1"]);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(120);
         // The second life goes on from what the first has stored, and is killed when it has stored more.
-        while stored() < kill && child.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < deadline, "no progress appeared");
-            std::thread::yield_now();
-        }
+        wait_for(&mut child, "progress", || stored() >= kill);
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(stored() >= kill, "it was killed while it learned");
@@ -690,6 +667,14 @@ fn a_growth_pod_learns_on_the_data_of_the_job() {
 
     std::fs::remove_dir_all(folder.path("runs/tiny/checkpoints/large")).unwrap();
     folder.run_ok(&["plan", "job.yaml", "--stage", "large", "-o", "large.json"]);
+    // Told to end, it stores what it has learned.
+    let progress = folder.path("runs/tiny/learn/large");
+    let mut pod = folder.command(&["grow", "--plan", "large.json", "--quiet"]).spawn().unwrap();
+    wait_for(&mut pod, "progress", || progress.read_dir().is_ok_and(|mut entries| entries.next().is_some()));
+    let pid = rustix::process::Pid::from_child(&pod);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    assert_eq!(pod.wait().unwrap().code(), Some(130));
+    assert!(folder.checkpoints("large").is_empty());
     folder.run_ok(&["grow", "--plan", "large.json", "--quiet"]);
     let grown = read_json(&folder.checkpoints("large")[0].join("manifest.json"));
     assert_eq!(grown["digest"], expected["digest"]);

@@ -19,7 +19,7 @@ use growth_trainer::collective::Alone;
 use growth_trainer::growth::{GrownCheckpoint, GrowthTarget, grow};
 use growth_trainer::model::activations::Activations;
 use growth_trainer::model::initializer::initialize;
-use growth_trainer::model::layout::{ParameterLayout, TensorKind};
+use growth_trainer::model::layout::ParameterLayout;
 use growth_trainer::model::llama::{Llama, Tokens};
 use growth_trainer::model::mask::WeightMasks;
 use growth_trainer::storage::{Storage, StorageOptions};
@@ -29,6 +29,7 @@ use rand::rngs::ChaCha8Rng;
 use rand::{RngExt, SeedableRng};
 use reference::Reference;
 use reference::masked::Masked;
+use reference::random::{small as base, tokens, weights as random_weights, widen};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 
@@ -37,47 +38,6 @@ const SEQUENCE: usize = 12;
 
 /// Step of the finite differences: truncation and rounding in f64 stay near 1e-8.
 const STEP: f64 = 1e-4;
-
-/// Grouped queries, heads that are not hidden / heads wide, an untied head.
-fn base() -> ModelConfig {
-    ModelConfig {
-        hidden_size: 16,
-        intermediate_size: 20,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 6,
-        vocab_size: 23,
-        max_position_embeddings: 64,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
-        tie_word_embeddings: false,
-    }
-}
-
-/// Gains around 1 but never 1, matrices that keep the size of a row, embeddings of size 1.
-fn random_weights(layout: &ParameterLayout, seed: u64) -> Vec<f32> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    let mut parameters = vec![0.0; layout.total_len()];
-    for tensor in layout.tensors() {
-        let (middle, size) = match tensor.kind {
-            TensorKind::Norm => (1.0, 0.6),
-            TensorKind::Embedding => (0.0, 1.0),
-            TensorKind::Matrix | TensorKind::Head => (0.0, (3.0 / tensor.shape[1] as f32).sqrt()),
-        };
-        parameters[tensor.range()].fill_with(|| middle + size * random.random_range(-1.0f32..1.0));
-    }
-    parameters
-}
-
-fn tokens(vocabulary: u32, count: usize, seed: u64) -> Vec<u32> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    (0..count).map(|_| random.random_range(0..vocabulary)).collect()
-}
-
-fn widen(numbers: &[f32]) -> Vec<f64> {
-    numbers.iter().map(|number| f64::from(*number)).collect()
-}
 
 fn bits(numbers: &[f32]) -> Vec<u32> {
     numbers.iter().map(|number| number.to_bits()).collect()

@@ -1,6 +1,6 @@
 //! `growth-trainer data`
 
-use super::{End, Options, load_job, plan::find_stage, print_json};
+use super::{End, Options, end_at_sigterm, load_job, plan::find_stage, print_json};
 use growth_crds::protocol::Outcome;
 use growth_trainer::data::Dataset;
 use growth_trainer::job_file::LoadedJob;
@@ -63,6 +63,8 @@ fn attempts(loaded: &LoadedJob) -> anyhow::Result<BTreeMap<String, i32>> {
 }
 
 fn prepare(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
+    // What is prepared again is the same.
+    end_at_sigterm()?;
     let (loaded, dataset) = open(path, options)?;
     options.report(&Outcome { attempts: attempts(&loaded)?, ..Outcome::finished(None) })?;
     if options.json {

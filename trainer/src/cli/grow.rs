@@ -1,6 +1,6 @@
 //! `growth-trainer grow`
 
-use super::{End, Options, eval::absolute, print_json, train::read_plan};
+use super::{End, Options, end_at_sigterm, eval::absolute, print_json, stop_flag, train::read_plan};
 use anyhow::{Context, bail};
 use growth_crds::plan::{
     CheckpointGrowth, Freeze, GrowthOperator, GrowthPlan, Initializer, LayerOrder, OptimizerStatePolicy,
@@ -190,9 +190,13 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
     let mut reporter = options.reporter();
     let grown = match &arguments.plan {
         Some(plan) => grow_stage(plan, &mut reporter)?,
-        None => grow_folder(arguments, &mut reporter)?,
+        None => Some(grow_folder(arguments, &mut reporter)?),
     };
     drop(reporter);
+    let Some(grown) = grown else {
+        eprintln!("stopped; the same command goes on from here");
+        return Ok(End::Stopped);
+    };
     let checkpoint = checkpoint_status(&grown.manifest, &grown.uri);
     options.report(&Outcome::grown(checkpoint, grown.record.as_ref()))?;
     if options.json {
@@ -362,10 +366,19 @@ fn text(arguments: &Arguments, folder: &HuggingFaceFolder, more: usize) -> anyho
     Ok(Some(data::tokens_of("--text", &source, &tokenizer, tokens)?))
 }
 
-fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result<GrownCheckpoint> {
+/// Grows as the plan of a stage says; nothing when it was asked to stop while it learned.
+fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result<Option<GrownCheckpoint>> {
     let plan = read_plan(path)?;
     let StageStart::Growth(growth) = &plan.start else {
         bail!("{}: stage {} does not grow; train it", path.display(), plan.stage)
+    };
+    let stop = match &growth.learn {
+        Some(_) => Some(stop_flag()?),
+        None => {
+            // What is copied again is the same.
+            end_at_sigterm()?;
+            None
+        }
     };
     let storage = job::open_storage(&plan.storage)?;
     let mut warn = |text: String| eprintln!("warning: {text}");
@@ -379,6 +392,9 @@ fn grow_stage(path: &std::path::Path, reporter: &mut Reporter) -> anyhow::Result
         None => job::held_out(&storage, &plan.job),
     };
     let (stage, dataset) = (&plan, dataset.as_ref());
-    let step = GrowthStep { source: &source, expected: None, stage, growth, dataset, stop: None };
-    Ok(job::grow_checkpoint(&storage, &step, reporter)?)
+    let step = GrowthStep { source: &source, expected: None, stage, growth, dataset, stop: stop.as_deref() };
+    match job::grow_checkpoint(&storage, &step, reporter) {
+        Err(error) if error.is_stopped() => Ok(None),
+        grown => Ok(Some(grown?)),
+    }
 }

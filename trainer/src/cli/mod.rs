@@ -24,6 +24,7 @@ use growth_trainer::job::JobError;
 use growth_trainer::job_file::{JobFileError, LoadedJob};
 use growth_trainer::progress::Reporter;
 use growth_trainer::training::stage::TrainError;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -31,6 +32,8 @@ use std::sync::atomic::AtomicBool;
 
 /// Exit code of a job that was asked to stop and can go on.
 const EXIT_STOPPED: u8 = 130;
+/// What a shell says of a program that SIGTERM has ended.
+const EXIT_TERMINATED: i32 = 128 + SIGTERM;
 /// Exit code of input that cannot work, found before any work.
 const EXIT_BAD_INPUT: u8 = contract::EXIT_BAD_INPUT;
 /// Exit code of a rank that ends because another one did.
@@ -177,12 +180,20 @@ fn load_job(path: &Path) -> Result<LoadedJob, JobFileError> {
 /// A flag that the first SIGINT or SIGTERM sets; the second ends the process at once.
 fn stop_flag() -> anyhow::Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+    for signal in [SIGINT, SIGTERM] {
         let second = i32::from(EXIT_STOPPED);
         signal_hook::flag::register_conditional_shutdown(signal, second, Arc::clone(&stop))?;
         signal_hook::flag::register(signal, Arc::clone(&stop))?;
     }
     Ok(stop)
+}
+
+/// Lets the first SIGTERM end the process. The kernel does not do it for the first process of a container, which would go
+/// on until the grace period of its pod is over.
+fn end_at_sigterm() -> anyhow::Result<()> {
+    let always = Arc::new(AtomicBool::new(true));
+    signal_hook::flag::register_conditional_shutdown(SIGTERM, EXIT_TERMINATED, always)?;
+    Ok(())
 }
 
 /// The error and its causes in one text, without repeating a cause that its parent already prints.

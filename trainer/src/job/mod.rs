@@ -89,7 +89,7 @@ impl JobError {
     }
 
     /// Whether a growth step was asked to stop and can go on.
-    fn is_stopped(&self) -> bool {
+    pub fn is_stopped(&self) -> bool {
         matches!(self, Self::Growth(growth::GrowthError::Learn(growth::LearnError::Stopped { .. })))
     }
 

@@ -5,6 +5,8 @@ use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 
 /// Steps of each stage of [`JOB`].
 pub const STEPS: u64 = 40;
@@ -40,6 +42,23 @@ spec:
     tokens: 20480
 ";
 
+/// The program under test, by a name of its own: a build that goes on meanwhile does not replace it.
+pub fn program() -> &'static Path {
+    static PROGRAM: LazyLock<PathBuf> = LazyLock::new(|| {
+        let name = concat!("growth-trainer-of-", env!("CARGO_CRATE_NAME"));
+        let own = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+        let _ = std::fs::remove_file(&own);
+        // A build takes the program away for a moment before it places the new one.
+        let deadline = Instant::now() + Duration::from_secs(5);
+        while let Err(error) = std::fs::hard_link(env!("CARGO_BIN_EXE_growth-trainer"), &own) {
+            assert!(Instant::now() < deadline, "{}: {error}", own.display());
+            std::thread::yield_now();
+        }
+        own
+    });
+    &PROGRAM
+}
+
 /// A folder with the job's text and its manifest, deleted with the value.
 pub struct Folder {
     folder: tempfile::TempDir,
@@ -71,7 +90,7 @@ impl Folder {
 
     /// The program with `arguments`, in the folder.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_growth-trainer"));
+        let mut command = Command::new(program());
         command.args(arguments).current_dir(self.folder.path());
         command
     }

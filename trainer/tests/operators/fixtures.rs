@@ -1,6 +1,8 @@
 //! A source, its growths, and a few steps of training after them.
 
 use crate::reference::Reference;
+pub use crate::reference::random::{small as base, tokens};
+use crate::reference::random::{weights, widen};
 use growth_crds::plan::{CheckpointGrowth, GrowthPlan, ModelConfig, resolve_checkpoint_growth};
 use growth_crds::protocol::{CheckpointManifest, GrowthRecord};
 use growth_crds::spec::model::ModelSpec;
@@ -10,34 +12,15 @@ use growth_trainer::checkpoint::{
 };
 use growth_trainer::growth::{GrownCheckpoint, GrowthTarget, Measure, grow_and_measure};
 use growth_trainer::model::activations::Activations;
-use growth_trainer::model::layout::{ParameterLayout, TensorKind};
+use growth_trainer::model::layout::ParameterLayout;
 use growth_trainer::model::llama::{Llama, Tokens};
 use growth_trainer::ops::adamw::{self, AdamWStep};
 use growth_trainer::storage::{Storage, StorageOptions};
-use rand::rngs::ChaCha8Rng;
-use rand::{RngExt, SeedableRng};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
 /// Tokens of a sequence.
 pub const SEQUENCE: usize = 12;
-
-/// Grouped queries, heads that are not hidden / heads wide, an untied head.
-pub fn base() -> ModelConfig {
-    ModelConfig {
-        hidden_size: 16,
-        intermediate_size: 20,
-        num_hidden_layers: 2,
-        num_attention_heads: 4,
-        num_key_value_heads: 2,
-        head_dim: 6,
-        vocab_size: 23,
-        max_position_embeddings: 64,
-        rope_theta: 10_000.0,
-        rms_norm_eps: 1e-5,
-        tie_word_embeddings: false,
-    }
-}
 
 pub fn tied() -> ModelConfig {
     ModelConfig { tie_word_embeddings: true, ..base() }
@@ -52,19 +35,9 @@ pub struct Model {
 }
 
 impl Model {
-    /// Gains around 1 but never 1, matrices that keep the size of a row, embeddings of size 1.
     pub fn random(config: &ModelConfig, seed: u64) -> Self {
         let layout = ParameterLayout::new(config);
-        let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let mut parameters = vec![0.0; layout.total_len()];
-        for tensor in layout.tensors() {
-            let (middle, size) = match tensor.kind {
-                TensorKind::Norm => (1.0, 0.6),
-                TensorKind::Embedding => (0.0, 1.0),
-                TensorKind::Matrix | TensorKind::Head => (0.0, (3.0 / tensor.shape[1] as f32).sqrt()),
-            };
-            parameters[tensor.range()].fill_with(|| middle + size * random.random_range(-1.0f32..1.0));
-        }
+        let parameters = weights(&layout, seed);
         Self { config: config.clone(), layout, parameters }
     }
 
@@ -78,12 +51,12 @@ impl Model {
 
     /// In f64, [positions][vocabulary].
     pub fn logits(&self, ids: &[u32]) -> Vec<Vec<f64>> {
-        let parameters: Vec<f64> = self.parameters.iter().map(|x| f64::from(*x)).collect();
+        let parameters = widen(&self.parameters);
         Reference { config: &self.config, layout: &self.layout, parameters: &parameters }.logits(ids)
     }
 
     pub fn losses(&self, ids: &[u32], targets: &[u32], sequence: usize) -> Vec<f64> {
-        let parameters: Vec<f64> = self.parameters.iter().map(|x| f64::from(*x)).collect();
+        let parameters = widen(&self.parameters);
         let reference = Reference { config: &self.config, layout: &self.layout, parameters: &parameters };
         reference.losses(ids, targets, sequence)
     }
@@ -96,11 +69,6 @@ impl Model {
         let pairs = ours.iter().flatten().zip(theirs.iter().flatten());
         pairs.fold(0.0f64, |most, (a, b)| most.max((a - b).abs())) / largest
     }
-}
-
-pub fn tokens(vocabulary: u32, count: usize, seed: u64) -> Vec<u32> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
-    (0..count).map(|_| random.random_range(0..vocabulary)).collect()
 }
 
 /// A growth as a user writes it.

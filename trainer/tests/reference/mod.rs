@@ -4,6 +4,8 @@
 pub mod autograd;
 #[allow(dead_code, reason = "for the operators with masks")]
 pub mod masked;
+#[allow(dead_code, reason = "for models without a shape of their own")]
+pub mod random;
 
 use growth_crds::plan::ModelConfig;
 use growth_trainer::model::layout::ParameterLayout;
