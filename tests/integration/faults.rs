@@ -41,6 +41,7 @@ async fn unreachable_since(environment: &Environment, node: &str) -> Result<Time
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[ignore = "takes minutes: tests/run --long"]
 async fn nodes_are_lost_drained_and_cut_off() -> Result<()> {
     const STEPS: u64 = 1500;
     let Some((environment, cluster, _alone)) = own_cluster().await else { return Ok(()) };

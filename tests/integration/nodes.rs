@@ -233,7 +233,7 @@ async fn down_leaves_nothing_behind_after_a_crash_of_up() -> Result<()> {
     let deadline = Instant::now() + TIMEOUT;
     while !kubelet.exists() {
         assert!(up.try_wait()?.is_none() && Instant::now() < deadline, "no kubelet started");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(1));
     }
     up.kill()?;
     up.wait()?;

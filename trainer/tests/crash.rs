@@ -54,7 +54,7 @@ fn kill_at_random(kills: u32, seed: u64) {
 
 #[test]
 fn killed_at_random_points_a_job_ends_in_the_same_bits() {
-    kill_at_random(50, 1);
+    kill_at_random(25, 1);
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn interrupted_it_commits_where_it_stands() {
         let deadline = Instant::now() + Duration::from_secs(120);
         while newest() == known {
             assert!(Instant::now() < deadline, "no checkpoint appeared");
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_millis(1));
         }
         let before = newest();
         signal(&child, "-INT");

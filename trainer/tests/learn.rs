@@ -625,7 +625,7 @@ fn wait_for(child: &mut Child, what: &str, seen: impl Fn() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(120);
     while !seen() {
         assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline, "no {what} appeared");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 

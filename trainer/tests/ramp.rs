@@ -44,7 +44,7 @@ fn run_into_the_ramp(folder: &Folder, signal: &str, ranks: &str) {
     let deadline = Instant::now() + Duration::from_secs(120);
     while newest() == before && child.try_wait().unwrap().is_none() {
         assert!(Instant::now() < deadline, "no checkpoint appeared");
-        std::thread::yield_now();
+        std::thread::sleep(Duration::from_millis(1));
     }
     // A process that has ended in the meantime is beyond harm.
     let id = child.id().to_string();

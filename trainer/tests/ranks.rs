@@ -218,7 +218,7 @@ mod disturbed {
             let deadline = Instant::now() + Duration::from_secs(60);
             while newest() == before && child.try_wait().unwrap().is_none() {
                 assert!(Instant::now() < deadline, "{ranks} ranks write no checkpoint");
-                std::thread::yield_now();
+                std::thread::sleep(Duration::from_millis(1));
             }
             signal("-TERM", child.id());
             let status = child.wait().unwrap();
@@ -236,7 +236,7 @@ mod disturbed {
         let deadline = Instant::now() + Duration::from_secs(60);
         while children(child.id()).is_empty() {
             assert!(Instant::now() < deadline, "no rank is started");
-            std::thread::yield_now();
+            std::thread::sleep(Duration::from_millis(1));
         }
         // It listens no more, but the system still lets others call.
         signal("-STOP", child.id());
@@ -260,7 +260,7 @@ mod disturbed {
             let known = folder.checkpoints("small");
             while folder.checkpoints("small") == known {
                 assert!(Instant::now() < deadline, "no checkpoint appeared");
-                std::thread::yield_now();
+                std::thread::sleep(Duration::from_millis(1));
             }
             let rank = children(child.id())[0];
             signal(if silent { "-STOP" } else { "-KILL" }, rank);
