@@ -73,8 +73,8 @@ const NODES: &[Module] = &[
         cgo: false,
         cold_seconds: 5,
     },
-    Module { name: "helm", packages: &["helm.sh/helm/v4/cmd/helm"], cgo: false, cold_seconds: 100 },
-    Module { name: "coredns", packages: &["github.com/coredns/coredns"], cgo: false, cold_seconds: 85 },
+    Module { name: "helm", packages: &["helm.sh/helm/v4/cmd/helm"], cgo: false, cold_seconds: 30 },
+    Module { name: "coredns", packages: &["github.com/coredns/coredns"], cgo: false, cold_seconds: 50 },
 ];
 
 /// Builds what is missing; a second caller waits for the first. `with_nodes` adds the container runtime, the network
