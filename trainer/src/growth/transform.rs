@@ -105,17 +105,12 @@ fn channel_maps(plan: &WidthPlan, head_dim: u32) -> OfWidths<ChannelMap> {
         WidthRule::Direct { split, .. } => split,
         WidthRule::Zero { .. } | WidthRule::Random { .. } => WidthSplit::Even,
     };
-    let mut heads = ChannelMap::new(&plan.heads.times(head_dim), split);
+    let mut maps = OfWidths::channels(plan, head_dim).map(|map| ChannelMap::new(&map, split));
     let live = plan.new_heads_at_old_keys();
-    for (index, channel) in heads.channels.iter_mut().flatten().enumerate() {
+    for (index, channel) in maps.heads.channels.iter_mut().flatten().enumerate() {
         channel.live = live[index / head_dim as usize];
     }
-    OfWidths {
-        hidden: ChannelMap::new(&plan.hidden, split),
-        heads,
-        keys: ChannelMap::new(&plan.key_value_heads.times(head_dim), split),
-        inner: ChannelMap::new(&plan.intermediate, split),
-    }
+    maps
 }
 
 /// Which of the three vectors of a training state a tensor belongs to.

@@ -1,5 +1,7 @@
 //! What the tensors of a LLaMA are for, by their names.
 
+use growth_crds::plan::{WidthMap, WidthPlan};
+
 /// What a tensor does in a layer; decides which axis is which.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Part {
@@ -44,7 +46,24 @@ pub(crate) struct OfWidths<T> {
     pub inner: T,
 }
 
+impl OfWidths<WidthMap> {
+    /// Where every channel of a growth comes from.
+    pub(crate) fn channels(plan: &WidthPlan, head_dim: u32) -> Self {
+        Self {
+            hidden: plan.hidden.clone(),
+            heads: plan.heads.times(head_dim),
+            keys: plan.key_value_heads.times(head_dim),
+            inner: plan.intermediate.clone(),
+        }
+    }
+}
+
 impl<T> OfWidths<T> {
+    pub(crate) fn map<U>(self, of: impl Fn(T) -> U) -> OfWidths<U> {
+        let Self { hidden, heads, keys, inner } = self;
+        OfWidths { hidden: of(hidden), heads: of(heads), keys: of(keys), inner: of(inner) }
+    }
+
     pub(crate) fn of(&self, axis: Axis) -> &T {
         match axis {
             Axis::Hidden => &self.hidden,

@@ -5,7 +5,7 @@ use crate::model::layout::{ParameterLayout, ParameterTensor};
 use crate::model::part::{OfWidths, Part};
 use crate::model::trainable::Trainable;
 use crate::ops::adamw::NewElements;
-use growth_crds::plan::{GrowthPlan, NewParametersPlan, StagePlan, StageStart, WidthMap, WidthPlan};
+use growth_crds::plan::{GrowthPlan, NewParametersPlan, StagePlan, StageStart, WidthMap};
 use std::sync::Arc;
 
 /// What a stage that has grown does differently; nothing by default.
@@ -88,23 +88,14 @@ impl AfterGrowth {
 /// What of every tensor is new: new layers, and in the others rows and columns that are new or further copies.
 pub fn new_parts(growth: &GrowthPlan, head_dim: u32, layout: &ParameterLayout) -> Vec<NewPart> {
     let new_layers = growth.added_layers();
-    let new = growth.width.as_deref().map(|width| new_channels_of(width, head_dim));
+    let new = growth.width.as_deref();
+    let new = new.map(|width| OfWidths::channels(width, head_dim).map(|map| new_channels(&map)));
     let part = |tensor: &ParameterTensor| match &new {
         _ if tensor.layer.is_some_and(|layer| new_layers.contains(&layer)) => NewPart::All,
         Some(new) => new_elements(tensor, new),
         None => NewPart::Nothing,
     };
     layout.tensors().iter().map(part).collect()
-}
-
-/// Which channels of every width are new.
-fn new_channels_of(width: &WidthPlan, head_dim: u32) -> OfWidths<Vec<bool>> {
-    OfWidths {
-        hidden: new_channels(&width.hidden),
-        heads: new_channels(&width.heads.times(head_dim)),
-        keys: new_channels(&width.key_value_heads.times(head_dim)),
-        inner: new_channels(&width.intermediate),
-    }
 }
 
 fn new_elements(tensor: &ParameterTensor, new: &OfWidths<Vec<bool>>) -> NewPart {
