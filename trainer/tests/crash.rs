@@ -3,10 +3,10 @@
 
 mod common;
 
-use common::{Folder, JOB, program, stderr};
+use common::{Folder, JOB, program, signal, stderr, wait_until};
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// State digests of both stages of an undisturbed run, and how long it took.
@@ -79,10 +79,6 @@ fn a_finished_job_does_nothing() {
     assert_eq!(before, folder.checkpoints("large"));
 }
 
-fn signal(child: &Child, signal: &str) {
-    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
-}
-
 #[cfg(unix)]
 #[test]
 fn interrupted_it_commits_where_it_stands() {
@@ -92,13 +88,9 @@ fn interrupted_it_commits_where_it_stands() {
     let wrote_one_more = (0..5).any(|_| {
         let known = newest();
         let child = folder.command(&["run", "job.yaml"]).stderr(Stdio::piped()).spawn().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(120);
-        while newest() == known {
-            assert!(Instant::now() < deadline, "no checkpoint appeared");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_until(Duration::from_secs(120), "no checkpoint appeared", || newest() != known);
         let before = newest();
-        signal(&child, "-INT");
+        assert!(signal("-INT", child.id()));
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
         newest() > before
@@ -117,7 +109,7 @@ fn told_to_end_a_data_preparation_ends_at_once() {
     let secrets = [("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_REGION", "c")];
     let mut child = command.env("AWS_ENDPOINT_URL", endpoint).envs(secrets).spawn().unwrap();
     let _waits_for_an_answer = silent_storage.accept().unwrap();
-    signal(&child, "-TERM");
+    assert!(signal("-TERM", child.id()));
     assert_eq!(child.wait().unwrap().code(), Some(143));
 }
 

@@ -9,14 +9,13 @@ use growth_crds::spec::training::AdamWSpec;
 use growth_trainer::checkpoint::TrainingState;
 use growth_trainer::collective::Alone;
 use growth_trainer::model::activations::{Activations, BlockActivations, Scratch, Sizes};
-use growth_trainer::model::layout::TensorKind;
 use growth_trainer::model::llama::{Llama, Tokens};
 use growth_trainer::training::step::{StepEngine, StepReport, StepSettings, StepSizes};
 use proptest::prelude::*;
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use reference::Reference;
 use reference::autograd::Autograd;
-use reference::random::widen;
+use reference::random::{weights, weights_from, widen};
 
 /// Allowed error of an f32 output against f64, relative to the largest value: about a hundred roundings of 2^-24.
 const FORWARD_TOLERANCE: f64 = 1e-5;
@@ -44,7 +43,7 @@ impl Case {
         // A table longer than the sequence.
         let model = Llama::new(config, sequence + 3);
         let mut random = ChaCha8Rng::seed_from_u64(seed);
-        let parameters = random_parameters(&model, &mut random);
+        let parameters = weights_from(&mut random, model.layout());
         let mut tokens = || (0..batch * sequence).map(|_| random.random_range(0..vocab)).collect();
         Self { parameters, ids: tokens(), targets: tokens(), sequence, model }
     }
@@ -87,20 +86,6 @@ impl Case {
     fn reference<'a>(&'a self, parameters: &'a [f64]) -> Reference<'a> {
         Reference { config: self.model.config(), layout: self.model.layout(), parameters }
     }
-}
-
-/// Gains around 1 but never 1, matrices that keep the size of a row, embeddings of size 1.
-fn random_parameters(model: &Llama, random: &mut ChaCha8Rng) -> Vec<f32> {
-    let mut parameters = vec![0.0; model.layout().total_len()];
-    for tensor in model.layout().tensors() {
-        let (middle, size) = match tensor.kind {
-            TensorKind::Norm => (1.0, 0.6),
-            TensorKind::Embedding => (0.0, 1.0),
-            TensorKind::Matrix | TensorKind::Head => (0.0, (3.0 / tensor.shape[1] as f32).sqrt()),
-        };
-        parameters[tensor.range()].fill_with(|| middle + size * random.random_range(-1.0f32..1.0));
-    }
-    parameters
 }
 
 /// The largest absolute value.
@@ -361,7 +346,7 @@ fn a_position_does_not_see_later_ones() {
 
 /// An engine's state with random weights.
 fn random_state(model: &Llama, seed: u64) -> TrainingState {
-    let parameters = random_parameters(model, &mut ChaCha8Rng::seed_from_u64(seed));
+    let parameters = weights(model.layout(), seed);
     let zeros = vec![0.0; parameters.len()];
     TrainingState {
         step: 0,

@@ -6,7 +6,7 @@ mod common;
 #[allow(dead_code, reason = "the autograd is for other tests")]
 mod reference;
 
-use common::{Folder, JOB, read_json, stderr};
+use common::{Folder, JOB, read_json, signal, stderr, wait_until};
 use growth_crds::plan::{
     CheckpointGrowth, GrowthPlan, LearnPlan, ModelConfig, OptimizerStatePolicy, resolve_checkpoint_growth,
 };
@@ -32,7 +32,7 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 fn base() -> ModelConfig {
     ModelConfig { hidden_size: 8, intermediate_size: 10, head_dim: 4, max_position_embeddings: 16, ..small() }
@@ -621,12 +621,14 @@ fn job() -> String {
     large.replace("microBatchTokens: 128\n", "microBatchTokens: 512\n")
 }
 
-fn wait_for(child: &mut Child, what: &str, seen: impl Fn() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while !seen() {
-        assert!(child.try_wait().unwrap().is_none() && Instant::now() < deadline, "no {what} appeared");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+/// Waits for a sign of progress of a process that runs.
+fn wait_for_progress(child: &mut Child, seen: impl Fn() -> bool) {
+    wait_until(Duration::from_secs(120), "no progress appeared", || {
+        seen() || {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before");
+            false
+        }
+    });
 }
 
 #[test]
@@ -642,7 +644,7 @@ fn killed_while_it_learns_a_job_ends_in_the_same_bits() {
         let mut command = folder.command(&["run", "job.yaml", "--quiet", "--threads", "1"]);
         let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
         // The second life goes on from what the first has stored, and is killed when it has stored more.
-        wait_for(&mut child, "progress", || stored() >= kill);
+        wait_for_progress(&mut child, || stored() >= kill);
         child.kill().unwrap();
         child.wait().unwrap();
         assert!(stored() >= kill, "it was killed while it learned");
@@ -670,9 +672,8 @@ fn a_growth_pod_learns_on_the_data_of_the_job() {
     // Told to end, it stores what it has learned.
     let progress = folder.path("runs/tiny/learn/large");
     let mut pod = folder.command(&["grow", "--plan", "large.json", "--quiet"]).spawn().unwrap();
-    wait_for(&mut pod, "progress", || progress.read_dir().is_ok_and(|mut entries| entries.next().is_some()));
-    let pid = rustix::process::Pid::from_child(&pod);
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    wait_for_progress(&mut pod, || progress.read_dir().is_ok_and(|mut entries| entries.next().is_some()));
+    assert!(signal("-TERM", pod.id()));
     assert_eq!(pod.wait().unwrap().code(), Some(130));
     assert!(folder.checkpoints("large").is_empty());
     folder.run_ok(&["grow", "--plan", "large.json", "--quiet"]);

@@ -5,11 +5,11 @@
 
 mod common;
 
-use common::{Folder, JOB, STEPS, read_json, stderr};
+use common::{Folder, JOB, STEPS, read_json, stderr, wait_until};
 use serde_json::Value;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
+use std::time::Duration;
 
 /// Tokens of a step of [`JOB`].
 const STEP_TOKENS: u64 = 512;
@@ -41,14 +41,11 @@ fn run_into_the_ramp(folder: &Folder, signal: &str, ranks: &str) {
     let arguments = ["run", "job.yaml", "--quiet", "--threads", "1", "--ranks", ranks];
     let mut command = folder.command(&arguments);
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-    let deadline = Instant::now() + Duration::from_secs(120);
-    while newest() == before && child.try_wait().unwrap().is_none() {
-        assert!(Instant::now() < deadline, "no checkpoint appeared");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    wait_until(Duration::from_secs(120), "no checkpoint appeared", || {
+        newest() != before || child.try_wait().unwrap().is_some()
+    });
     // A process that has ended in the meantime is beyond harm.
-    let id = child.id().to_string();
-    let _ = Command::new("kill").args([signal, &id]).stderr(Stdio::null()).status().unwrap();
+    common::signal(signal, child.id());
     child.wait().unwrap();
 }
 

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Folder, JOB, read_json, stderr};
+use common::{Folder, JOB, read_json, signal, stderr, wait_until};
 use std::time::Duration;
 
 /// State digests of both stages.
@@ -49,7 +49,7 @@ mod disturbed {
     use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
     use std::collections::BTreeMap;
     use std::net::{Shutdown, TcpStream};
-    use std::process::{Child, Command, Stdio};
+    use std::process::{Child, Stdio};
     use std::sync::Mutex;
     use std::time::Instant;
 
@@ -60,12 +60,6 @@ mod disturbed {
         Terminate,
         Pause,
         Cut,
-    }
-
-    fn signal(name: &str, process: u32) {
-        // A process that has ended in the meantime is beyond harm.
-        let _ =
-            Command::new("kill").args([name, &process.to_string()]).stderr(Stdio::null()).status().unwrap();
     }
 
     /// The ranks that the process has started.
@@ -99,11 +93,7 @@ mod disturbed {
 
     /// Waits for the end of a process; it must come.
     fn wait(child: &mut Child, within: Duration, what: &str) {
-        let deadline = Instant::now() + within;
-        while child.try_wait().unwrap().is_none() {
-            assert!(Instant::now() < deadline, "{what}: it does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until(within, &format!("{what}: it does not end"), || child.try_wait().unwrap().is_some());
     }
 
     /// Lives of one job with another number of ranks each, until `hits` disturbances have met a running rank.
@@ -142,8 +132,9 @@ mod disturbed {
                 *met.entry(kind).or_default() += 1;
                 match kind {
                     Disturbance::Cut => {}
-                    Disturbance::Kill => signal("-KILL", victim),
-                    Disturbance::Terminate => signal("-TERM", victim),
+                    // A process that has ended in the meantime is beyond harm.
+                    Disturbance::Kill => _ = signal("-KILL", victim),
+                    Disturbance::Terminate => _ = signal("-TERM", victim),
                     Disturbance::Pause => {
                         signal("-STOP", victim);
                         std::thread::sleep(Duration::from_millis(random.random_range(10..400)));
@@ -155,11 +146,8 @@ mod disturbed {
                 wait(&mut child, within, &format!("seed {seed}, life {life}, {ranks} ranks, {kind:?}"));
                 for rank in victims {
                     // A rank that lost its parent ends by itself within ten seconds, and must not write meanwhile.
-                    let deadline = Instant::now() + Duration::from_secs(15);
-                    while runs(rank) {
-                        assert!(Instant::now() < deadline, "rank process {rank} stays");
-                        std::thread::sleep(Duration::from_millis(5));
-                    }
+                    let stays = format!("rank process {rank} stays");
+                    wait_until(Duration::from_secs(15), &stays, || !runs(rank));
                 }
             }
             folder.run_ok(&["run", "job.yaml", "--quiet"]);
@@ -215,11 +203,9 @@ mod disturbed {
             let newest = || [folder.checkpoints("small"), folder.checkpoints("large")];
             let before = newest();
             let mut child = start(&folder, ranks);
-            let deadline = Instant::now() + Duration::from_secs(60);
-            while newest() == before && child.try_wait().unwrap().is_none() {
-                assert!(Instant::now() < deadline, "{ranks} ranks write no checkpoint");
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            wait_until(Duration::from_secs(60), "no checkpoint appeared", || {
+                newest() != before || child.try_wait().unwrap().is_some()
+            });
             signal("-TERM", child.id());
             let status = child.wait().unwrap();
             assert!(status.code() == Some(130) || status.success(), "{ranks} ranks: {status}");
@@ -233,21 +219,15 @@ mod disturbed {
         let folder = Folder::new(JOB);
         folder.run_ok(&["data", "prepare", "job.yaml"]);
         let mut child = start(&folder, "4");
-        let deadline = Instant::now() + Duration::from_secs(60);
-        while children(child.id()).is_empty() {
-            assert!(Instant::now() < deadline, "no rank is started");
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_until(Duration::from_secs(60), "no rank is started", || !children(child.id()).is_empty());
         // It listens no more, but the system still lets others call.
         signal("-STOP", child.id());
         let ranks = children(child.id());
         signal("-KILL", child.id());
         child.wait().unwrap();
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while ranks.iter().any(|rank| runs(*rank)) {
-            assert!(Instant::now() < deadline, "{ranks:?} stay");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until(Duration::from_secs(10), &format!("{ranks:?} stay"), || {
+            !ranks.iter().any(|rank| runs(*rank))
+        });
     }
 
     #[test]
@@ -256,12 +236,10 @@ mod disturbed {
         for silent in [false, true] {
             let mut command = folder.command(&["run", "job.yaml", "--quiet", "--ranks", "2"]);
             let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-            let deadline = Instant::now() + Duration::from_secs(60);
             let known = folder.checkpoints("small");
-            while folder.checkpoints("small") == known {
-                assert!(Instant::now() < deadline, "no checkpoint appeared");
-                std::thread::sleep(Duration::from_millis(1));
-            }
+            wait_until(Duration::from_secs(60), "no checkpoint appeared", || {
+                folder.checkpoints("small") != known
+            });
             let rank = children(child.id())[0];
             signal(if silent { "-STOP" } else { "-KILL" }, rank);
             let begin = Instant::now();

@@ -4,7 +4,7 @@
 use rand::{RngExt, SeedableRng, rngs::ChaCha8Rng};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
@@ -49,11 +49,8 @@ pub fn program() -> &'static Path {
         let own = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
         let _ = std::fs::remove_file(&own);
         // A build takes the program away for a moment before it places the new one.
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while let Err(error) = std::fs::hard_link(env!("CARGO_BIN_EXE_growth-trainer"), &own) {
-            assert!(Instant::now() < deadline, "{}: {error}", own.display());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let built = env!("CARGO_BIN_EXE_growth-trainer");
+        wait_until(Duration::from_secs(5), built, || std::fs::hard_link(built, &own).is_ok());
         own
     });
     &PROGRAM
@@ -142,6 +139,21 @@ fn text(seed: u64, len: usize) -> String {
         text.push(if random.random_range(0..12) == 0 { '\n' } else { ' ' });
     }
     text
+}
+
+/// Waits until something is seen, which must come within this time.
+pub fn wait_until(within: Duration, missing: &str, mut seen: impl FnMut() -> bool) {
+    let deadline = Instant::now() + within;
+    while !seen() {
+        assert!(Instant::now() < deadline, "{missing}");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Sends a signal (`-TERM`); false if the process has ended in the meantime.
+pub fn signal(name: &str, process: u32) -> bool {
+    let mut command = Command::new("kill");
+    command.args([name, &process.to_string()]).stderr(Stdio::null()).status().unwrap().success()
 }
 
 /// What the program said on standard error.

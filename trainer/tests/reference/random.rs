@@ -22,9 +22,13 @@ pub fn small() -> ModelConfig {
     }
 }
 
-/// Gains around 1 but never 1, matrices that keep the size of a row, embeddings of size 1; flat, in the layout's order.
+/// [`weights_from`] of a seed.
 pub fn weights(layout: &ParameterLayout, seed: u64) -> Vec<f32> {
-    let mut random = ChaCha8Rng::seed_from_u64(seed);
+    weights_from(&mut ChaCha8Rng::seed_from_u64(seed), layout)
+}
+
+/// Gains around 1 but never 1, matrices that keep the size of a row, embeddings of size 1; flat, in the layout's order.
+pub fn weights_from(random: &mut ChaCha8Rng, layout: &ParameterLayout) -> Vec<f32> {
     let mut parameters = vec![0.0; layout.total_len()];
     for tensor in layout.tensors() {
         let (middle, size) = match tensor.kind {
