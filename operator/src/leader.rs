@@ -9,7 +9,7 @@
 //! | the leader cannot renew | it ends itself before the lease does, 3 s after the first try |
 
 use crate::names::MANAGER;
-use futures::{StreamExt, future};
+use futures::{Stream, StreamExt, future};
 use k8s_openapi::api::coordination::v1::Lease;
 use kube::runtime::{WatchStreamExt, watcher};
 use kube::{Api, Client, Config};
@@ -90,7 +90,7 @@ impl Election {
     pub async fn win(&self) -> Result<Leadership, LeaseManagerError> {
         let mut lease = self.join().await?;
         tracing::info!(lease = self.name, identity = self.identity, "stands by");
-        let mut released = std::pin::pin!(self.released());
+        let mut releases = std::pin::pin!(self.releases());
         loop {
             tokio::select! {
                 biased;
@@ -103,8 +103,7 @@ impl Election {
                     }
                 },
                 // The manager would sleep until the old end of the lease. A new one reads it anew.
-                () = &mut released => {
-                    released.set(self.released());
+                Some(()) = releases.next() => {
                     match self.join().await {
                         Ok(fresh) => lease = fresh,
                         Err(error) => tracing::warn!(%error, lease = self.name, "the lease cannot be read"),
@@ -124,19 +123,13 @@ impl Election {
             .await
     }
 
-    /// Waits until somebody who holds the lease gives it back.
-    async fn released(&self) {
-        let is_held = |lease: &Option<Lease>| {
-            lease
-                .as_ref()
-                .and_then(|lease| lease.spec.as_ref())
-                .is_some_and(|spec| spec.holder_identity.is_some())
-        };
-        let seen = watcher::watch_object(self.watched.clone(), &self.name)
-            .default_backoff()
-            .filter_map(|seen| future::ready(seen.ok()));
-        let from_held = seen.skip_while(|lease| future::ready(!is_held(lease)));
-        from_held.any(|lease| future::ready(!is_held(&lease))).await;
+    /// Each time that the lease is seen without a holder: at first sight too, since it may have been given back between
+    /// the manager's read and the start of the watch.
+    fn releases(&self) -> impl Stream<Item = ()> {
+        let is_held = |lease: Lease| lease.spec.is_some_and(|spec| spec.holder_identity.is_some());
+        watcher::watch_object(self.watched.clone(), &self.name).default_backoff().filter_map(move |seen| {
+            future::ready(seen.ok().filter(|lease| !lease.clone().is_some_and(is_held)).map(drop))
+        })
     }
 }
 
@@ -180,4 +173,71 @@ pub fn identity() -> String {
         let host = hostname::get().unwrap_or_else(|_| MANAGER.into());
         format!("{}-{}", host.to_string_lossy(), std::process::id())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::{Method, Request, Response};
+    use jiff::Timestamp;
+    use kube::client::Body;
+    use serde_json::{Value, json};
+    use std::sync::Mutex;
+
+    /// A Lease whose holder gives it back after it was read by name and before it is listed for the watch.
+    struct GivenBackInBetween(Mutex<Value>);
+
+    impl GivenBackInBetween {
+        fn new() -> Self {
+            Self(Mutex::new(json!({
+                "apiVersion": "coordination.k8s.io/v1",
+                "kind": "Lease",
+                "metadata": {"name": "lease", "namespace": "n", "resourceVersion": "1"},
+                "spec": {"holderIdentity": "other", "renewTime": Timestamp::now().to_string(), "leaseDurationSeconds": 600},
+            })))
+        }
+
+        async fn answer(&self, request: Request<Body>) -> Result<Response<Body>, std::io::Error> {
+            let (call, body) = request.into_parts();
+            let query = call.uri.query().unwrap_or_default();
+            if query.contains("watch=true") {
+                return future::pending().await;
+            }
+            let change = body.collect_bytes().await.map_err(std::io::Error::other)?;
+            let mut lease = self.0.lock().unwrap();
+            let answer = match call.method {
+                Method::GET if call.uri.path().ends_with("/lease") => lease.clone(),
+                Method::GET => {
+                    lease["spec"] = json!({"leaseTransitions": 1});
+                    let metadata = json!({"resourceVersion": "2"});
+                    json!({"apiVersion": "coordination.k8s.io/v1", "kind": "LeaseList", "metadata": metadata, "items": [*lease]})
+                }
+                Method::PATCH => {
+                    let change: Value = serde_json::from_slice(&change)?;
+                    for (field, value) in change["spec"].as_object().into_iter().flatten() {
+                        lease["spec"][field] = value.clone();
+                    }
+                    lease.clone()
+                }
+                other => panic!("{other} {}", call.uri),
+            };
+            Ok(Response::new(answer.to_string().into_bytes().into()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_lease_given_back_before_the_watch_begins_is_taken_at_once() {
+        let server: &'static GivenBackInBetween = Box::leak(Box::new(GivenBackInBetween::new()));
+        let client = Client::new(tower::service_fn(|request| server.answer(request)), "n");
+        let election = Election {
+            calls: client.clone(),
+            watched: Api::namespaced(client, "n"),
+            namespace: "n".to_owned(),
+            name: "lease".to_owned(),
+            identity: "one".to_owned(),
+        };
+        let won = timeout(Duration::from_secs(10), election.win()).await;
+        won.expect("it waited for the old end of the lease").unwrap();
+        assert_eq!(server.0.lock().unwrap()["spec"]["holderIdentity"], "one");
+    }
 }
