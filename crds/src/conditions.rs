@@ -94,6 +94,8 @@ words! {
         TransformRunning,
         /// One stage has ended and the next has not begun.
         StageTransition,
+        /// Another job has not trained the first stage yet (spec.stages[0].trainedBy).
+        WaitingForJob,
         /// Pods are starting.
         PodsStarting,
         /// An image cannot be pulled.
@@ -186,6 +188,7 @@ impl ConditionType {
                 R::WaitingForPodsTermination,
             ],
             Self::Running => &[
+                R::WaitingForJob,
                 R::StageTransition,
                 R::PodsStarting,
                 R::ImagePullFailed,

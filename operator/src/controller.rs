@@ -64,6 +64,7 @@ pub struct Telemetry {
 /// What reconciling needs.
 pub struct Context {
     writer: Writer,
+    training_jobs: Store<GrowthTrainingJob>,
     jobs: Arc<ChildCache<Job>>,
     pods: Arc<ChildCache<Pod>>,
     http: reqwest::Client,
@@ -219,7 +220,8 @@ pub fn controller(
 
     let reader = training_jobs.clone();
     let http = reqwest::Client::builder().timeout(PROGRESS_TIMEOUT).build()?;
-    let context = Arc::new(Context { writer, jobs, pods, http, metrics, waits });
+    let context =
+        Arc::new(Context { writer, training_jobs: reader.clone(), jobs, pods, http, metrics, waits });
     let triggers = stream::select_all([own.boxed(), job_triggers.boxed(), pod_triggers.boxed()])
         .take_until(shutdown)
         // A watch goes on after its back-off; its error must not end the others.
@@ -282,7 +284,14 @@ fn on_error(job: Arc<GrowthTrainingJob>, error: &ReconcileError, context: Arc<Co
 async fn observe(job: &GrowthTrainingJob, context: &Context) -> Observed {
     let mut observed = Observed::of(job, context.jobs.of(job), context.pods.of(job));
     observed.progress = ask_for_progress(job, &observed.pods, context).await;
+    observed.base = base_of(job, &context.training_jobs);
     observed
+}
+
+/// The job that trains the first stage of this one, if that is so and it is known.
+fn base_of(job: &GrowthTrainingJob, known: &Store<GrowthTrainingJob>) -> Option<Arc<GrowthTrainingJob>> {
+    let base = job.spec.stages.first()?.trained_by.as_ref()?;
+    known.get(&ObjectRef::new(&base.job).within(&job.namespace()?))
 }
 
 async fn ask_for_progress(job: &GrowthTrainingJob, pods: &[Arc<Pod>], context: &Context) -> Option<Progress> {

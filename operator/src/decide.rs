@@ -5,6 +5,7 @@
 //! first piece that is not done is the current one. Each attempt at it has a number, is recorded in the status **before**
 //! its Job exists, and is over when its Job ends, is deleted, or has lost a pod; then the next number follows.
 
+mod base;
 mod running;
 mod scaling;
 
@@ -126,6 +127,9 @@ fn advance(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Wor
     let Some(attempt) = draft.attempt(work).cloned() else {
         if suspended {
             return suspend(draft, observed, work);
+        }
+        if work == Work::Data && base::is_awaited(draft, observed, plan) {
+            return;
         }
         let number = first_number(draft, work);
         draft.begin(work, number, None);
@@ -332,7 +336,10 @@ fn ended(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work,
                     draft.stage_mut(index).known_attempts = Some(*known);
                 }
             }
-            draft.event(false, "DataPrepared", "the data is prepared".to_owned(), name);
+            draft.event(false, "DataPrepared", "the data is prepared".to_owned(), name.clone());
+            if let Some(checkpoint) = finished.checkpoint {
+                complete_stage(draft, plan, 0, Some(checkpoint), name);
+            }
         }
         Work::Transform(index) => {
             let stage = draft.job.spec.stages[index].name.clone();
@@ -345,15 +352,7 @@ fn ended(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work,
             draft.event(false, "StageGrown", note, name);
         }
         Work::Train(index) => {
-            let tokens = plan.stages.get(index).map_or(0, |stage| stage.tokens);
-            keep_checkpoint(draft, work, finished.checkpoint);
-            let stage = draft.stage_mut(index);
-            stage.state = StageState::Complete;
-            stage.completion_time = Some(now);
-            let stage = stage.name.clone();
-            record_progress(draft, plan, index, tokens, None);
-            draft.settle_size(Reason::StageTransition, &format!("stage {stage} is complete"));
-            draft.event(false, "StageComplete", format!("stage {stage} is complete"), name);
+            complete_stage(draft, plan, index, finished.checkpoint, name);
         }
     }
     draft.set(ConditionType::Running, Reason::StageTransition, "the next step follows");
@@ -361,6 +360,26 @@ fn ended(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work,
         None => draft.complete(),
         Some(next) => advance(draft, observed, plan, next),
     }
+}
+
+/// A stage has trained all its tokens; or another job has, for this one.
+fn complete_stage(
+    draft: &mut Draft<'_>,
+    plan: &JobPlan,
+    index: usize,
+    checkpoint: Option<CheckpointStatus>,
+    by: Option<String>,
+) {
+    let tokens = plan.stages.get(index).map_or(0, |stage| stage.tokens);
+    keep_checkpoint(draft, Work::Train(index), checkpoint);
+    let now = Time(draft.now);
+    let stage = draft.stage_mut(index);
+    stage.state = StageState::Complete;
+    stage.completion_time = Some(now);
+    let stage = stage.name.clone();
+    record_progress(draft, plan, index, tokens, None);
+    draft.settle_size(Reason::StageTransition, &format!("stage {stage} is complete"));
+    draft.event(false, "StageComplete", format!("stage {stage} is complete"), by);
 }
 
 fn keep_checkpoint(draft: &mut Draft<'_>, work: Work, checkpoint: Option<CheckpointStatus>) {

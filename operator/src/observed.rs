@@ -17,7 +17,7 @@ const OVERDUE_SECONDS: i64 = 10;
 /// A node that has not answered for so long, after Kubernetes has noticed it, is given up.
 pub const UNREACHABLE_SECONDS: i64 = 20;
 
-/// Children of one job that carry its uid as owner, and what rank 0 says.
+/// Children of one job that carry its uid as owner, what rank 0 says, and the job that trains the first stage.
 #[derive(Debug, Clone, Default)]
 pub struct Observed {
     /// Jobs of all attempts.
@@ -26,6 +26,8 @@ pub struct Observed {
     pub pods: Vec<Arc<Pod>>,
     /// Answer of rank 0 of the running attempt, if it was asked and answered.
     pub progress: Option<Progress>,
+    /// The job that `spec.stages[0].trainedBy` names, if it is there.
+    pub base: Option<Arc<GrowthTrainingJob>>,
 }
 
 impl Observed {
@@ -44,7 +46,7 @@ impl Observed {
         let is_foreign = |pod: &Pod| foreign.iter().any(|job| owns(job, pod));
         let pods =
             pods.into_iter().filter(|pod| is_labelled(job, pod.as_ref()) && !is_foreign(pod)).collect();
-        Self { jobs, pods, progress: None }
+        Self { jobs, pods, progress: None, base: None }
     }
 
     /// The Job of this name.

@@ -1,6 +1,8 @@
 //! The rules of `decide`, one situation at a time: what was seen, and what follows.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+#[path = "decide/base.rs"]
+mod base;
 #[path = "../../crds/tests/common/mod.rs"]
 mod common;
 #[path = "decide/scaling.rs"]
@@ -674,6 +676,7 @@ fn foreign_and_impossible_jobs_are_left_alone() {
 fn every_reason_is_used() {
     let sources = [
         include_str!("../src/decide.rs"),
+        include_str!("../src/decide/base.rs"),
         include_str!("../src/decide/running.rs"),
         include_str!("../src/decide/scaling.rs"),
         include_str!("../src/draft.rs"),

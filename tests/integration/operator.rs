@@ -100,6 +100,35 @@ async fn a_killed_evicted_suspended_job_whose_operator_dies_ends_in_the_same_bit
         .await
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stage_that_another_job_trains_is_waited_for_and_taken() -> Result<()> {
+    let environment = with_operator().await;
+    environment
+        .in_namespace("trained-by", async |namespace| {
+            // The job that waits is there first.
+            submit(namespace, 40, |job| job["spec"]["stages"][0]["trainedBy"] = json!({"job": "base"}))
+                .await?;
+            let why =
+                wait_for_message(namespace, "tiny", "Running", "job base, which does not exist").await?;
+            assert!(why.starts_with("WaitingForJob"), "{why}");
+            let endpoint = &environment.s3.endpoint_in_cluster;
+            let mut base = two_stages(&environment, &namespace.name, "runs", endpoint, 40);
+            base["metadata"]["name"] = json!("base");
+            base["spec"]["stages"].as_array_mut().unwrap().truncate(1);
+            apply(namespace, &base)?;
+
+            let job = wait(namespace, |job| is_in(job, Phase::Complete)).await?;
+            let status = job.status.as_ref().unwrap();
+            assert_eq!(status.execution_attempts, Some(3), "data, growth and the large stage: {status:#?}");
+            let labels = "growth.dev/job=tiny,growth.dev/stage=small";
+            let pods = namespace.api::<Pod>().list(&ListParams::default().labels(labels)).await?.items;
+            assert!(pods.is_empty(), "the small stage had a pod");
+            assert!(final_tensors(namespace, &job).await? == expected(namespace, 40).await?, "other bits");
+            Ok(())
+        })
+        .await
+}
+
 /// The operator's calls about this namespace, by kind, from the audit log; and none of them failed.
 fn print_calls(namespace: &TestNamespace) -> Result<()> {
     let Some(cluster) = &namespace.environment.cluster else { return Ok(()) };

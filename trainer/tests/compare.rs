@@ -139,19 +139,49 @@ fn recipes_and_scratch_are_trained_at_equal_flops_and_compared() {
 }
 
 #[test]
-fn a_run_ends_in_the_bits_of_the_job_that_trains_its_own_base() {
+fn jobs_written_for_a_cluster_end_in_the_bits_of_the_comparison() {
     let one_seed = SPEC.replace("seeds: [1, 2]", "seeds: [2]");
     let folder = with_spec(&one_seed);
     folder.run_ok(&["compare", "spec.yaml", "--jobs", "2"]);
     folder.run_ok(&["compare", "spec.yaml", "--write-jobs", "jobs"]);
-    let job = std::fs::read_to_string(folder.path("jobs/tiny-stack-s2.yaml")).unwrap();
-    assert!(job.contains("./runs"), "{job}");
-    std::fs::write(folder.path("jobs/elsewhere.yaml"), job.replace("./runs", "./elsewhere")).unwrap();
-    folder.run_ok(&["run", "jobs/elsewhere.yaml"]);
-    let elsewhere = std::fs::read_dir(folder.path("elsewhere/tiny-stack-s2/checkpoints/grown")).unwrap();
-    let last = elsewhere.map(|checkpoint| checkpoint.unwrap().path()).max().unwrap();
-    let expected = read_json(&last.join("manifest.json"));
-    assert_eq!(expected["digest"].as_str().unwrap(), digest(&folder, "tiny-stack-s2", "grown"));
+    let base = base_jobs(&folder).remove(0);
+    let moved = |name: &str, change: &dyn Fn(String) -> String| {
+        let job = std::fs::read_to_string(folder.path(&format!("jobs/{name}.yaml"))).unwrap();
+        assert!(job.contains("./runs"), "{job}");
+        std::fs::write(folder.path("elsewhere.yaml"), change(job.replace("./runs", "./elsewhere"))).unwrap();
+        folder.run(&["run", "elsewhere.yaml"])
+    };
+    let as_written = |name: &str| moved(name, &|job| job);
+    let ends_in_the_same_bits = || {
+        let stage = folder.path("elsewhere/tiny-stack-s2/checkpoints/grown");
+        let last =
+            std::fs::read_dir(stage).unwrap().map(|checkpoint| checkpoint.unwrap().path()).max().unwrap();
+        let reached = read_json(&last.join("manifest.json"));
+        assert_eq!(reached["digest"].as_str().unwrap(), digest(&folder, "tiny-stack-s2", "grown"));
+    };
+
+    // Without its base a job says what it waits for; with it, it trains the rest.
+    let output = as_written("tiny-stack-s2");
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    let expected = format!("spec.stages[0].trainedBy: job {base} has not trained its stage base to the end");
+    assert!(stderr(&output).contains(&expected), "{}", stderr(&output));
+    assert!(as_written(&base).status.success());
+    assert!(as_written("tiny-stack-s2").status.success());
+    ends_in_the_same_bits();
+    assert!(!folder.path("elsewhere/tiny-stack-s2/attempts/base").exists(), "it has trained no base");
+
+    // One that was not trained in the same way is no base.
+    let output = moved("tiny-halves-s2", &|job| job.replacen("seed: 2", "seed: 3", 1));
+    assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));
+    assert!(stderr(&output).contains("differs in training"), "{}", stderr(&output));
+
+    // Nor does it matter who trains it.
+    std::fs::remove_dir_all(folder.path("elsewhere")).unwrap();
+    let alone = |job: String| job.replace(&format!("    trainedBy:\n      job: {base}\n"), "");
+    let output = moved("tiny-stack-s2", &alone);
+    assert!(output.status.success(), "{}", stderr(&output));
+    assert!(folder.path("elsewhere/tiny-stack-s2/attempts/base").exists(), "it has trained its own base");
+    ends_in_the_same_bits();
     // What a job of the comparison says of itself is what it wrote as a manifest.
     folder.run_ok(&["run", "jobs/tiny-stack-s2.yaml"]);
 

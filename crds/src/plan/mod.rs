@@ -16,6 +16,7 @@ pub mod parameters;
 pub mod ranks;
 mod resolve;
 mod schedule;
+mod trained_by;
 mod training;
 pub mod types;
 

@@ -79,6 +79,11 @@ fn check_names(name: &str, spec: &GrowthTrainingJobSpec, findings: &mut Findings
     if !is_label(name) {
         findings.error("metadata.name", "start it with a letter and use only a-z, 0-9 and -");
     }
+    let trained_by = spec.stages.first().and_then(|stage| stage.trained_by.as_ref());
+    if let Some(by) = trained_by.filter(|by| by.job == name) {
+        let message = format!("{} is this job itself; remove trainedBy, or name another job", by.job);
+        findings.error("spec.stages[0].trainedBy.job", message);
+    }
     if spec.stages.is_empty() || spec.stages.len() > MAX_STAGES {
         let message = format!("there are {} stages; write 1 to {MAX_STAGES}", spec.stages.len());
         findings.error("spec.stages", message);
@@ -150,6 +155,10 @@ fn grown_shape(
     if stage.init_from.is_some() {
         let message = "only the first stage can start from a given checkpoint; remove initFrom";
         findings.error(format!("{field}.initFrom"), message);
+    }
+    if stage.trained_by.is_some() {
+        let message = "only the first stage can be trained by another job; remove trainedBy";
+        findings.error(format!("{field}.trainedBy"), message);
     }
     let Some(growth) = &stage.growth else {
         let message = "every stage after the first must grow the one before; add growth to it";
@@ -332,6 +341,7 @@ impl StageInput<'_> {
             storage: self.spec.storage.clone(),
             data: self.spec.data.clone(),
             start,
+            trained_by: stage.trained_by.as_ref().map(|by| by.job.clone()),
             first_token: first_token?,
             tokens,
             steps: batch.steps(tokens),

@@ -37,6 +37,9 @@ pub struct StagePlan {
     pub model: ModelConfig,
     /// Where the first weights come from.
     pub start: StageStart,
+    /// Another job, whose stage of the same name has trained this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trained_by: Option<String>,
     /// Position in the data at which the stage begins: the tokens of all stages before it.
     pub first_token: u64,
     /// Tokens the stage trains: `steps * training.global_batch_tokens`.

@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 pub struct Outcome {
     /// What became of it.
     pub result: OutcomeResult,
-    /// Training and growth: the checkpoint that is committed now.
+    /// Training and growth: the checkpoint that is committed now. Data preparation: the last one of the first stage, where
+    /// another job has trained that (`trainedBy`).
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub checkpoint: Option<CheckpointStatus>,
     /// Growth: what it did, where the checkpoint says so.

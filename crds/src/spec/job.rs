@@ -49,7 +49,11 @@ use serde::{Deserialize, Serialize};
     ),
     validation = Rule::new("self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')").message(
         "metadata.name names Services too: start it with a letter and use only a-z, 0-9 and -"
+    ),
+    validation = Rule::new(
+        "!has(self.spec.stages[0].trainedBy) || self.spec.stages[0].trainedBy.job != self.metadata.name"
     )
+    .message("the first stage is trained by this job itself; remove trainedBy, or name another job")
 )]
 #[serde(rename_all = "camelCase")]
 #[x_kube(
@@ -61,6 +65,10 @@ use serde::{Deserialize, Serialize};
         "self.stages.filter(s, has(s.initFrom)).size() == (has(self.stages[0].initFrom) ? 1 : 0)"
     )
     .message("only the first stage can start from a given checkpoint; remove initFrom from the others"),
+    validation = Rule::new(
+        "self.stages.filter(s, has(s.trainedBy)).size() == (has(self.stages[0].trainedBy) ? 1 : 0)"
+    )
+    .message("only the first stage can be trained by another job; remove trainedBy from the others"),
     validation = Rule::new("self.stages[self.stages.size() - 1].tokens != 'auto'")
         .message("tokens: auto needs a later stage to grow into; write the tokens of the last stage"),
     validation = Rule::new(

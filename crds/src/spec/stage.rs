@@ -72,6 +72,10 @@ pub const DEFAULT_LEARN_STEPS: u32 = 100;
     )
     .message("initFrom cannot be changed; create a new job instead"),
     validation = Rule::new(
+        "has(self.trainedBy) == has(oldSelf.trainedBy) && (!has(self.trainedBy) || self.trainedBy == oldSelf.trainedBy)"
+    )
+    .message("trainedBy cannot be changed; create a new job instead"),
+    validation = Rule::new(
         "has(self.training) == has(oldSelf.training) && (!has(self.training) || self.training == oldSelf.training)"
     )
     .message("the training of a stage cannot be changed; create a new job instead"),
@@ -89,6 +93,9 @@ pub struct StageSpec {
     /// Weights that the first stage starts from. Default: random ones.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub init_from: Option<InitFromSpec>,
+    /// Another job that trains the first stage for this one: several jobs that begin alike train that part once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trained_by: Option<TrainedBySpec>,
     /// Tokens it trains, rounded up to whole steps; auto is the paper's guideline for when to grow. May be changed
     /// until the stage has finished.
     pub tokens: StageTokens,
@@ -353,6 +360,16 @@ pub struct InitFromSpec {
     /// architecture must be the one of the stage.
     #[schemars(length(max = 1024), regex(pattern = r"^(file|s3|gs|az)://.+$"))]
     pub uri: String,
+}
+
+/// A job whose first stage has the same name and is trained in the same way on the same data. This job waits until that
+/// stage is complete and begins with a copy of its last checkpoint.
+#[derive(Serialize, Deserialize, Debug, Clone, PartialEq, KubeSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TrainedBySpec {
+    /// Its name, in the same namespace and with the same storage.
+    #[schemars(length(min = 1, max = 32), regex(pattern = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"))]
+    pub job: String,
 }
 
 /// Bounds of the number of trainer pods.

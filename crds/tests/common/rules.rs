@@ -47,6 +47,16 @@ pub fn creation_cases() -> Vec<Case> {
             replace("/spec/stages/1/initFrom", json!({"uri": "s3://bucket/base"})),
         ),
         case(
+            "only the first stage can be trained by another job",
+            replace("/spec/stages/0/trainedBy", json!({"job": "base"})),
+            replace("/spec/stages/1/trainedBy", json!({"job": "base"})),
+        ),
+        case(
+            "the first stage is trained by this job itself",
+            replace("/spec/stages/0/trainedBy", json!({"job": "tiny-2"})),
+            replace("/spec/stages/0/trainedBy", json!({"job": "tiny"})),
+        ),
+        case(
             "tokens: auto needs a later stage to grow into",
             replace("/spec/stages/0/tokens", json!("auto")),
             replace("/spec/stages/1/tokens", json!("auto")),
@@ -518,6 +528,11 @@ pub fn update_cases() -> Vec<Case> {
             "initFrom cannot be changed",
             replace("/spec/stages/1/elastic", json!({"minReplicas": 1, "maxReplicas": 2})),
             replace("/spec/stages/0/initFrom", json!({"uri": "s3://bucket/base"})),
+        ),
+        case(
+            "trainedBy cannot be changed",
+            replace("/spec/stages/1/elastic", json!({"minReplicas": 1, "maxReplicas": 2})),
+            replace("/spec/stages/0/trainedBy", json!({"job": "base"})),
         ),
         case(
             "the training of a stage cannot be changed",

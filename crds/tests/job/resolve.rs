@@ -435,6 +435,38 @@ fn a_given_start_is_kept() {
 }
 
 #[test]
+fn a_stage_takes_the_place_of_an_equal_one_only() {
+    let first = |edits: &[Edit]| plan(edits).unwrap().stages.remove(0);
+    let own = first(&[("/spec/stages/0/trainedBy", json!({"job": "base"}))]);
+    assert_eq!(own.trained_by.as_deref(), Some("base"));
+    let equal = [
+        ("/metadata/name", json!("base")),
+        ("/spec/stages/1/growth/factor", json!(2)),
+        ("/spec/evaluation/everyTokens", json!(65536)),
+        ("/spec/checkpoint/keepLast", json!(7)),
+        ("/spec/stages/0/elastic", json!({"minReplicas": 1, "maxReplicas": 1})),
+        ("/spec/stages/0/template", json!({"nodeSelector": {"pool": "small"}})),
+    ];
+    for edit in equal {
+        assert_eq!(own.mismatch(&first(std::slice::from_ref(&edit))), None, "{edit:?}");
+    }
+    let different = [
+        ("/spec/stages/0/name", json!("other"), "name"),
+        ("/spec/storage/uri", json!("s3://elsewhere/jobs"), "storage"),
+        ("/spec/data/train/0/weight", json!(3), "data"),
+        ("/spec/stages/0/model/numHiddenLayers", json!(3), "model"),
+        ("/spec/stages/0/initFrom", json!({"uri": "s3://bucket/weights"}), "model"),
+        ("/spec/stages/0/tokens", json!(4096), "tokens"),
+        ("/spec/training/seed", json!(5), "training"),
+    ];
+    for (path, value, field) in different {
+        let other = first(&[("/metadata/name", json!("base")), (path, value)]);
+        let message = own.mismatch(&other).unwrap_or_default();
+        assert!(message.contains("job base differs in ") && message.contains(field), "{field}: {message}");
+    }
+}
+
+#[test]
 fn every_mistake_says_what_to_do() {
     let cases: Vec<(Vec<Edit>, &str)> = vec![
         (vec![("/metadata/name", json!("A"))], "metadata.name: start it with a letter and use only a-z"),
@@ -559,6 +591,14 @@ fn every_mistake_says_what_to_do() {
         (
             vec![("/spec/stages/1/initFrom", json!({"uri": "s3://b"}))],
             "spec.stages[1].initFrom: only the first stage",
+        ),
+        (
+            vec![("/spec/stages/1/trainedBy", json!({"job": "base"}))],
+            "spec.stages[1].trainedBy: only the first stage",
+        ),
+        (
+            vec![("/spec/stages/0/trainedBy", json!({"job": "tiny"}))],
+            "spec.stages[0].trainedBy.job: tiny is this job itself",
         ),
         (
             vec![("/spec/stages/1/model", json!({"hiddenSize": 128}))],

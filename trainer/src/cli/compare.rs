@@ -31,11 +31,11 @@ trained differently, as the training of a stage does. With growths instead of gr
 {growth, model, tokens, training}, a recipe grows several times.
 
 Every recipe with every seed is an ordinary job, NAME-RECIPE-sSEED; equal bases are trained
-once for each seed, in a job NAME-base-DIGEST-sSEED, and copied. The same command goes on where
-it was stopped, and trains nothing twice.
+once for each seed, in a job NAME-base-DIGEST-sSEED, which the others name in trainedBy. The same
+command goes on where it was stopped, and trains nothing twice.
 
-On a cluster: --write-jobs writes the jobs as manifests, each of which trains its own base and
-ends in the same bits; with --report the results are read from their storage.";
+On a cluster: --write-jobs writes the jobs as manifests, which can be applied in any order: each
+waits for its base; with --report the results are read from their storage.";
 
 /// Trains a model from scratch and by several growth recipes, at equal FLOPs and with several seeds, and compares them.
 #[derive(clap::Args)]
@@ -90,9 +90,9 @@ pub fn run(arguments: &Arguments, options: &Options) -> anyhow::Result<End> {
 fn write_jobs(comparison: &Comparison, folder: &Path) -> anyhow::Result<End> {
     let place = || format!("cannot write into {}", folder.display());
     std::fs::create_dir_all(folder).with_context(place)?;
-    for run in comparison.recipes.iter().flat_map(|recipe| &recipe.runs) {
-        let file = folder.join(format!("{}.yaml", run.job.plan.job));
-        std::fs::write(&file, serde_saphyr::to_string(&run.job.job)?).with_context(place)?;
+    for job in comparison.jobs() {
+        let file = folder.join(format!("{}.yaml", job.plan.job));
+        std::fs::write(&file, serde_saphyr::to_string(&job.job)?).with_context(place)?;
         println!("{}", file.display());
     }
     Ok(End::Done)

@@ -2,10 +2,10 @@
 
 use super::{End, Options, end_at_sigterm, load_job, plan::find_stage, print_json};
 use growth_crds::protocol::Outcome;
-use growth_trainer::data::Dataset;
 use growth_trainer::job_file::LoadedJob;
 use growth_trainer::progress::{self, bytes, count};
-use growth_trainer::training::stage::training_order;
+use growth_trainer::storage::Storage;
+use growth_trainer::training::stage::{status_of, training_order};
 use growth_trainer::{checkpoint, job};
 use safetensors::tensor::{Dtype, TensorView};
 use std::collections::BTreeMap;
@@ -44,19 +44,11 @@ pub fn run(command: &Command, options: &Options) -> anyhow::Result<End> {
     }
 }
 
-fn open(path: &std::path::Path, options: &Options) -> anyhow::Result<(LoadedJob, Dataset)> {
-    let loaded = load_job(path)?;
-    let storage = job::open_storage(&loaded.job.spec.storage)?;
-    let dataset = job::prepare_data(&loaded.plan, &storage, &mut options.reporter())?;
-    Ok((loaded, dataset))
-}
-
 /// The newest attempt of every stage that the storage knows.
-fn attempts(loaded: &LoadedJob) -> anyhow::Result<BTreeMap<String, i32>> {
-    let storage = job::open_storage(&loaded.job.spec.storage)?;
+fn attempts(loaded: &LoadedJob, storage: &Storage) -> anyhow::Result<BTreeMap<String, i32>> {
     let mut attempts = BTreeMap::new();
     for plan in &loaded.plan.stages {
-        let newest = checkpoint::next_attempt(&storage, &plan.job, &plan.stage)? - 1;
+        let newest = checkpoint::next_attempt(storage, &plan.job, &plan.stage)? - 1;
         attempts.insert(plan.stage.clone(), i32::try_from(newest)?);
     }
     Ok(attempts)
@@ -65,8 +57,14 @@ fn attempts(loaded: &LoadedJob) -> anyhow::Result<BTreeMap<String, i32>> {
 fn prepare(path: &std::path::Path, options: &Options) -> anyhow::Result<End> {
     // What is prepared again is the same.
     end_at_sigterm()?;
-    let (loaded, dataset) = open(path, options)?;
-    options.report(&Outcome { attempts: attempts(&loaded)?, ..Outcome::finished(None) })?;
+    let loaded = load_job(path)?;
+    let storage = job::open_storage(&loaded.job.spec.storage)?;
+    let mut reporter = options.reporter();
+    let base = job::take_base(&loaded.plan, &storage, &reporter)?;
+    let dataset = job::prepare_data(&loaded.plan, &storage, &mut reporter)?;
+    drop(reporter);
+    let checkpoint = base.map(|manifest| status_of(&storage, &manifest));
+    options.report(&Outcome { attempts: attempts(&loaded, &storage)?, ..Outcome::finished(checkpoint) })?;
     if options.json {
         print_json(
             &serde_json::json!({ "digest": dataset.digest(), "parts": dataset.parts().collect::<Vec<_>>() }),
@@ -96,7 +94,9 @@ fn batches(
     out: &std::path::Path,
     options: &Options,
 ) -> anyhow::Result<End> {
-    let (loaded, dataset) = open(path, options)?;
+    let loaded = load_job(path)?;
+    let storage = job::open_storage(&loaded.job.spec.storage)?;
+    let dataset = job::prepare_data(&loaded.plan, &storage, &mut options.reporter())?;
     let plan = find_stage(&loaded.plan, stage)?;
     let training = &plan.training;
     let steps = steps.unwrap_or(plan.steps).min(plan.steps) as usize;

@@ -4,6 +4,7 @@ use super::spec::{ComparisonSpec, LoadedSpec, RecipeSpec};
 use crate::job_file::{JobFileError, LoadedJob, Problem, check_job, resolve_job};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::plan::{JobPlan, ModelConfig, StagePlan};
+use growth_crds::spec::stage::TrainedBySpec;
 use serde_json::{Value, json};
 
 /// Name of the row of the run from scratch.
@@ -49,15 +50,22 @@ pub struct Recipe {
 pub struct Run {
     /// The seed.
     pub seed: i64,
-    /// The job.
+    /// The job. Its first stage is trained by one of the comparison's bases, if it has several stages.
     pub job: LoadedJob,
-    /// The job that trains its first stage, among the comparison's bases.
-    pub base: Option<usize>,
 }
 
 /// FLOPs of a stage and of what is learned before it.
 pub fn flops_of(stage: &StagePlan) -> f64 {
     stage.learning_flops() + stage.flops.exact
+}
+
+impl Comparison {
+    /// Every job in an order in which it can run: bases, then all recipes seed by seed.
+    pub fn jobs(&self) -> impl Iterator<Item = &LoadedJob> {
+        let of_seed = |seed: usize| self.recipes.iter().filter_map(move |recipe| recipe.runs.get(seed));
+        let runs = (0..self.spec.seeds.len()).flat_map(of_seed);
+        self.bases.iter().chain(runs.map(|run| &run.job))
+    }
 }
 
 impl Recipe {
@@ -162,12 +170,11 @@ impl Comparison {
             let job = job_of(&self.spec, &self.job_name(&name, seed, recipe)?, seed, stages)?;
             // Runs differ in the seed only, and rules cost more than a plan.
             let check = if runs.is_empty() { check_job } else { resolve_job };
-            let job = check(job).map_err(|problems| moved(problems, place))?;
-            let base = match stages.len() {
-                1 => None,
-                _ => Some(self.base(&job, seed, &stages[0])?),
-            };
-            runs.push(Run { seed, job, base });
+            let mut job = check(job).map_err(|problems| moved(problems, place))?;
+            if stages.len() > 1 {
+                job = self.with_base(job, seed, &stages[0])?;
+            }
+            runs.push(Run { seed, job });
         }
         let operator = stages.last().and_then(|stage| stage.pointer("/growth/operator"));
         Ok(Recipe { name, operator: operator.and_then(Value::as_str).map(str::to_owned), runs })
@@ -191,20 +198,28 @@ impl Comparison {
         Err(vec![Problem::of_field(field, message)])
     }
 
-    /// The job that trains the first stage of `job` for all that have an equal one.
-    fn base(&mut self, job: &LoadedJob, seed: i64, stage: &Value) -> Result<usize, Vec<Problem>> {
-        let Some(plan) = job.plan.stages.first() else { return Ok(0) };
+    /// `job`, whose first stage is trained by one job for all that have an equal one.
+    fn with_base(&mut self, job: LoadedJob, seed: i64, stage: &Value) -> Result<LoadedJob, Vec<Problem>> {
+        let Some(plan) = job.plan.stages.first() else { return Ok(job) };
         let mut key = json!({
             "model": plan.model, "start": plan.start, "training": plan.training, "tokens": plan.tokens,
         });
         key["training"]["seed"] = Value::Null;
         let digest = blake3::hash(key.to_string().as_bytes()).to_hex();
         let name = self.job_name(&format!("base-{}", &digest[..BASE_DIGITS]), seed, None)?;
-        if let Some(known) = self.bases.iter().position(|base| base.plan.job == name) {
-            return Ok(known);
+        if self.bases.iter().all(|base| base.plan.job != name) {
+            let base = resolve_job(job_of(&self.spec, &name, seed, std::slice::from_ref(stage))?)?;
+            // In a job of its own it has another schedule when that goes on after the growth.
+            if base.plan.stages.first().is_none_or(|alone| plan.mismatch(alone).is_some()) {
+                return Ok(job);
+            }
+            self.bases.push(base);
         }
-        self.bases.push(resolve_job(job_of(&self.spec, &name, seed, std::slice::from_ref(stage))?)?);
-        Ok(self.bases.len() - 1)
+        let mut job = job.job;
+        if let Some(first) = job.spec.stages.first_mut() {
+            first.trained_by = Some(TrainedBySpec { job: name });
+        }
+        resolve_job(job)
     }
 }
 
@@ -393,17 +408,35 @@ recipes:
         let comparison = comparison(1_024_000, 102_400).unwrap();
         let names: Vec<&str> = comparison.bases.iter().map(|base| &*base.plan.job).collect();
         assert_eq!(names.len(), 4, "the deep recipes share theirs: {names:?}");
-        let of = |recipe: usize, seed: usize| &comparison.recipes[recipe].runs[seed];
-        assert_eq!(of(0, 0).base, None);
-        assert_eq!((of(1, 0).base, of(1, 1).base), (of(3, 0).base, of(3, 1).base));
-        assert_ne!(of(1, 0).base, of(2, 0).base);
+        let of = |recipe: usize, seed: usize| {
+            comparison.recipes[recipe].runs[seed].job.plan.stages[0].trained_by.clone()
+        };
+        assert_eq!(of(0, 0), None);
+        assert_eq!((of(1, 0), of(1, 1)), (of(3, 0), of(3, 1)));
+        assert_ne!(of(1, 0), of(2, 0));
         for run in comparison.recipes.iter().flat_map(|recipe| &recipe.runs) {
-            let Some(base) = run.base.map(|base| &comparison.bases[base].plan.stages[0]) else { continue };
-            let mut first = run.job.plan.stages[0].clone();
+            let first = &run.job.plan.stages[0];
+            let Some(name) = &first.trained_by else { continue };
+            let base = comparison.bases.iter().find(|base| base.plan.job == *name).unwrap();
+            assert_eq!(first.mismatch(&base.plan.stages[0]), None, "a base is the first stage of its runs");
             assert_eq!(first.training.seed, u64::try_from(run.seed).unwrap());
-            first.job.clone_from(&base.job);
-            assert_eq!(first, *base, "a base is the first stage of those that start from it");
         }
+    }
+
+    #[test]
+    fn a_base_whose_schedule_goes_on_after_the_growth_is_trained_by_its_job() {
+        let text = SPEC
+            .replace(
+                "growth: {operator: Stack, factor: 4}",
+                "growth: {operator: Stack, factor: 4, schedule: Continue}",
+            )
+            .replace("SCRATCH", "1024000")
+            .replace("BASE", "102400");
+        let comparison = Comparison::of(&LoadedSpec::parse("spec.yaml", &text).unwrap().spec).unwrap();
+        let first = |recipe: usize| &comparison.recipes[recipe].plan().unwrap().stages[0];
+        assert_eq!(comparison.recipes[1].name, "depth");
+        assert_eq!(first(1).trained_by, None);
+        assert!(first(2).trained_by.is_some());
     }
 
     #[test]

@@ -1,31 +1,19 @@
 //! Runs the jobs of a comparison, over the same storage and by the same code as any job.
 
 use super::jobs::{Comparison, flops_of};
-use crate::checkpoint::{self, CheckpointLocation};
 use crate::data::Dataset;
 use crate::job::{self, JobEnd, JobError, JobRecord, Result};
 use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, duration};
 use crate::storage::Storage;
-use crate::training::stage::TrainError;
 use growth_crds::plan::JobPlan;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Instant;
 
-/// One job, and the one that trains its base.
-#[derive(Clone, Copy)]
-struct Work<'a> {
-    job: &'a LoadedJob,
-    base: Option<&'a LoadedJob>,
-}
-
-impl Work<'_> {
-    /// FLOPs that it still has to spend when nothing of it is done.
-    fn flops(&self) -> f64 {
-        let shared = usize::from(self.base.is_some());
-        self.job.plan.stages.iter().skip(shared).map(flops_of).sum()
-    }
+/// FLOPs that a job has to spend when nothing of it is done.
+fn flops(job: &LoadedJob) -> f64 {
+    job.plan.stages.iter().filter(|stage| stage.trained_by.is_none()).map(flops_of).sum()
 }
 
 /// What all jobs share.
@@ -47,9 +35,9 @@ pub fn run(
     reporter: &mut Reporter,
 ) -> Result<JobEnd> {
     let storage = job::open_storage(&comparison.spec.storage)?;
-    let works = works(comparison);
-    for work in &works {
-        refuse_changes(&storage, work.job)?;
+    let jobs: Vec<&LoadedJob> = comparison.jobs().collect();
+    for job in &jobs {
+        refuse_changes(&storage, job)?;
     }
     let Some(first) = comparison.recipes.first().and_then(|recipe| recipe.runs.first()) else {
         return Ok(JobEnd::AlreadyFinished);
@@ -57,13 +45,13 @@ pub fn run(
     // One dataset for all: a sample of the files (maxBytes) follows the first seed.
     let dataset = job::prepare_data(&first.job.plan, &storage, reporter)?;
     let shared = Shared { storage, dataset, stop };
-    let mut clock = Clock::new(&works);
-    let (bases, runs) = works.split_at(comparison.bases.len());
+    let mut clock = Clock::new(&jobs);
+    let (bases, runs) = jobs.split_at(comparison.bases.len());
     let mut end = JobEnd::AlreadyFinished;
-    for works in [bases, runs] {
+    for jobs in [bases, runs] {
         let part = match at_once {
-            0 | 1 => shared.one_by_one(works, &mut clock, reporter)?,
-            _ => shared.side_by_side(works, at_once, &mut clock, reporter)?,
+            0 | 1 => shared.one_by_one(jobs, &mut clock, reporter)?,
+            _ => shared.side_by_side(jobs, at_once, &mut clock, reporter)?,
         };
         match part {
             JobEnd::Stopped => return Ok(JobEnd::Stopped),
@@ -72,16 +60,6 @@ pub fn run(
         }
     }
     Ok(end)
-}
-
-/// Every job, bases first, in the order in which it runs.
-fn works(comparison: &Comparison) -> Vec<Work<'_>> {
-    let bases = comparison.bases.iter().map(|job| Work { job, base: None });
-    let runs = (0..comparison.spec.seeds.len()).flat_map(|seed| {
-        let of_seed = comparison.recipes.iter().filter_map(move |recipe| recipe.runs.get(seed));
-        of_seed.map(|run| Work { job: &run.job, base: run.base.map(|base| &comparison.bases[base]) })
-    });
-    bases.chain(runs).collect()
 }
 
 /// Refuses a job whose stored object was made from another spec: its checkpoints would not be what the report says.
@@ -107,22 +85,22 @@ fn refuse_changes(storage: &Storage, job: &LoadedJob) -> Result<()> {
 }
 
 impl Shared<'_> {
-    fn one_by_one(&self, works: &[Work<'_>], clock: &mut Clock, reporter: &mut Reporter) -> Result<JobEnd> {
+    fn one_by_one(&self, jobs: &[&LoadedJob], clock: &mut Clock, reporter: &mut Reporter) -> Result<JobEnd> {
         let mut end = JobEnd::AlreadyFinished;
-        for work in works {
-            let begins = clock.begin(work);
-            if let Some(last) = work.job.plan.stages.last()
+        for job in jobs {
+            let begins = clock.begin(job);
+            if let Some(last) = job.plan.stages.last()
                 && !job::seems_finished(&self.storage, last)?
             {
                 reporter.note(&begins);
             }
-            match self.run(work, reporter)? {
+            match self.run(job, reporter)? {
                 JobEnd::Stopped => return Ok(JobEnd::Stopped),
                 JobEnd::Finished => {
-                    clock.spent(work.flops());
+                    clock.spent(flops(job));
                     end = JobEnd::Finished;
                 }
-                JobEnd::AlreadyFinished => clock.skipped(work.flops()),
+                JobEnd::AlreadyFinished => clock.skipped(flops(job)),
             }
         }
         Ok(end)
@@ -131,7 +109,7 @@ impl Shared<'_> {
     /// Some jobs at a time, each with its share of the compute threads; what they compute does not depend on it.
     fn side_by_side(
         &self,
-        works: &[Work<'_>],
+        jobs: &[&LoadedJob],
         at_once: usize,
         clock: &mut Clock,
         reporter: &mut Reporter,
@@ -140,24 +118,24 @@ impl Shared<'_> {
         let next = AtomicUsize::new(0);
         let (sender, results) = mpsc::channel();
         std::thread::scope(|scope| {
-            for _ in 0..at_once.min(works.len()) {
+            for _ in 0..at_once.min(jobs.len()) {
                 let (next, sender) = (&next, sender.clone());
                 // Without threads of their own the jobs share those of the program.
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().ok();
                 scope.spawn(move || {
-                    while let Some(work) = works.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
                         if self.stop.load(Ordering::Relaxed) {
                             break;
                         }
                         let began = Instant::now();
-                        let run = || self.run(work, &mut Reporter::quiet());
+                        let run = || self.run(job, &mut Reporter::quiet());
                         let end = pool.as_ref().map_or_else(run, |pool| pool.install(run));
                         if end.is_err() {
                             // The others commit where they stand.
                             self.stop.store(true, Ordering::Relaxed);
                         }
                         // The receiver lives until all senders are gone.
-                        let _ = sender.send((*work, end, began.elapsed().as_secs_f64()));
+                        let _ = sender.send((*job, end, began.elapsed().as_secs_f64()));
                     }
                 });
             }
@@ -168,19 +146,19 @@ impl Shared<'_> {
 
     fn collect(
         &self,
-        results: &mpsc::Receiver<(Work<'_>, Result<JobEnd>, f64)>,
+        results: &mpsc::Receiver<(&LoadedJob, Result<JobEnd>, f64)>,
         clock: &mut Clock,
         reporter: &Reporter,
     ) -> Result<JobEnd> {
         let (mut end, mut failure) = (JobEnd::AlreadyFinished, None);
-        for (work, result, seconds) in results {
+        for (job, result, seconds) in results {
             match result {
                 Ok(JobEnd::Finished) => {
-                    clock.spent(work.flops());
-                    reporter.note(&clock.end(&work, seconds));
+                    clock.spent(flops(job));
+                    reporter.note(&clock.end(job, seconds));
                     end = JobEnd::Finished;
                 }
-                Ok(JobEnd::AlreadyFinished) => clock.skipped(work.flops()),
+                Ok(JobEnd::AlreadyFinished) => clock.skipped(flops(job)),
                 Ok(JobEnd::Stopped) => {}
                 Err(error) => failure = failure.or(Some(error)),
             }
@@ -192,13 +170,9 @@ impl Shared<'_> {
         }
     }
 
-    fn run(&self, work: &Work<'_>, reporter: &mut Reporter) -> Result<JobEnd> {
-        let plan = &work.job.plan;
-        self.pin_dataset(plan)?;
-        if let Some(base) = work.base {
-            self.adopt_base(&base.plan, plan, reporter)?;
-        }
-        job::run(work.job, Some(1), self.stop, reporter)
+    fn run(&self, job: &LoadedJob, reporter: &mut Reporter) -> Result<JobEnd> {
+        self.pin_dataset(&job.plan)?;
+        job::run(job, Some(1), self.stop, reporter)
     }
 
     fn pin_dataset(&self, plan: &JobPlan) -> Result<()> {
@@ -212,22 +186,6 @@ impl Shared<'_> {
             }
         }
     }
-
-    /// Gives a job the trained base as the last checkpoint of its first stage.
-    fn adopt_base(&self, base: &JobPlan, plan: &JobPlan, reporter: &Reporter) -> Result<()> {
-        let (Some(from), Some(to)) = (base.stages.first(), plan.stages.first()) else { return Ok(()) };
-        if job::finished(&self.storage, to, reporter)?.is_some() {
-            return Ok(());
-        }
-        let Some(source) = job::finished(&self.storage, from, reporter)? else {
-            let (stage, from) = (to.stage.clone(), base.job.clone());
-            return Err(TrainError::NotGrown { stage, from }.into());
-        };
-        let (storage, job, stage) = (self.storage.clone(), to.job.clone(), to.stage.clone());
-        let attempt = checkpoint::next_attempt(&storage, &job, &stage)?;
-        checkpoint::adopt(&source, &CheckpointLocation { storage, job, stage, attempt })?;
-        Ok(())
-    }
 }
 
 /// Says how long the rest will take, from the FLOPs so far.
@@ -240,19 +198,19 @@ struct Clock {
 }
 
 impl Clock {
-    fn new(works: &[Work<'_>]) -> Self {
-        let flops_left = works.iter().map(Work::flops).sum();
-        Self { began: Instant::now(), jobs: works.len(), begun: 0, flops_done: 0.0, flops_left }
+    fn new(jobs: &[&LoadedJob]) -> Self {
+        let flops_left = jobs.iter().map(|job| flops(job)).sum();
+        Self { began: Instant::now(), jobs: jobs.len(), begun: 0, flops_done: 0.0, flops_left }
     }
 
-    fn begin(&mut self, work: &Work<'_>) -> String {
+    fn begin(&mut self, job: &LoadedJob) -> String {
         self.begun += 1;
-        format!("[{}/{}] {}{}", self.begun, self.jobs, work.job.plan.job, self.left())
+        format!("[{}/{}] {}{}", self.begun, self.jobs, job.plan.job, self.left())
     }
 
-    fn end(&mut self, work: &Work<'_>, seconds: f64) -> String {
+    fn end(&mut self, job: &LoadedJob, seconds: f64) -> String {
         self.begun += 1;
-        let (number, jobs, job) = (self.begun, self.jobs, &work.job.plan.job);
+        let (number, jobs, job) = (self.begun, self.jobs, &job.plan.job);
         format!("[{number}/{jobs}] {job}  {}{}", duration(seconds), self.left())
     }
 

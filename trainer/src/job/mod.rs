@@ -1,6 +1,7 @@
 //! A whole job on one machine: the walk over data, stages and growth steps that the operator does on a cluster, in
 //! this process, over the same storage.
 
+mod base;
 pub mod gang;
 mod growing;
 mod record;
@@ -25,6 +26,7 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+pub use base::take_base;
 pub use growing::{GrowthReporter, GrowthStep, grow_checkpoint};
 pub use record::{JobRecord, pin_dataset, pinned_dataset};
 
@@ -64,6 +66,22 @@ pub enum JobError {
         /// Why.
         problem: String,
     },
+    /// The job that is to train the first stage has not done so.
+    #[error(
+        "spec.stages[0].trainedBy: job {job} has not trained its stage {stage} to the end in {storage}; run that job \
+         first, or remove trainedBy"
+    )]
+    NotTrained {
+        /// The other job.
+        job: String,
+        /// Its stage.
+        stage: String,
+        /// Where it was looked for.
+        storage: String,
+    },
+    /// It has trained another one.
+    #[error("{0}")]
+    OtherStage(String),
     /// A record of the job cannot be read.
     #[error("{uri} cannot be read: {reason}; restore it, or name the job differently")]
     Record {
@@ -83,7 +101,7 @@ impl JobError {
             Self::Checkpoint(error) => error.is_input_error(),
             Self::Train(error) => error.is_input_error(),
             Self::Growth(error) => error.is_input_error(),
-            Self::Changed { .. } => true,
+            Self::Changed { .. } | Self::NotTrained { .. } | Self::OtherStage(_) => true,
             Self::Record { .. } | Self::Ranks { .. } => false,
         }
     }
@@ -161,6 +179,7 @@ pub fn run(
     {
         return Ok(JobEnd::AlreadyFinished);
     }
+    take_base(plan, &storage, reporter)?;
     let dataset = prepare_data(plan, &storage, reporter)?;
     for (index, stage) in plan.stages.iter().enumerate() {
         if finished(&storage, stage, reporter)?.is_some() {
