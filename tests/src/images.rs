@@ -34,12 +34,22 @@ pub fn image_name(program: &str) -> String {
     format!("localhost/{program}:test")
 }
 
-/// Builds the image of one of [`PROGRAMS`] into `folder`: the static release binary, the CA bundle, the licence and the
-/// SBOM, by the last stage of the `Dockerfile`. The same input gives the same bytes.
-pub fn build(program: &str, folder: &Path) -> Result<Archive> {
+/// Which binary goes into an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Linking {
+    /// The one for users, with libc inside. Cargo selects the features of dependencies by the packages that it builds, so
+    /// for this one it compiles most of them again.
+    Static,
+    /// The one that `cargo test` has made for the workspace's tests, with this machine's libc beside it.
+    Shared,
+}
+
+/// Builds the image of one of [`PROGRAMS`] into `folder`: the release binary, the CA bundle, the licence and the SBOM, by
+/// the last stage of the `Dockerfile`. The same input gives the same bytes.
+pub fn build(program: &str, folder: &Path, linking: Linking) -> Result<Archive> {
     let files = folder.join(format!("{program}.files"));
     // What Dockerfile's first stage makes from source with a network, made here from what is there.
-    stage(program, &files.join("rootfs"))?;
+    stage(program, &files.join("rootfs"), linking)?;
     let metadata = metadata()?;
     let version = &package(&metadata, program)?.version;
     let revision = output(Command::new("git").args(["rev-parse", "HEAD"]).current_dir(workspace()));
@@ -61,13 +71,16 @@ pub fn build(program: &str, folder: &Path) -> Result<Archive> {
 }
 
 /// Fills `rootfs` with one program's root file system, below a folder of its name: what the `Dockerfile` copies.
-pub fn stage(program: &str, rootfs: &Path) -> Result<()> {
+pub fn stage(program: &str, rootfs: &Path, linking: Linking) -> Result<()> {
     let root = rootfs.join(program);
     if root.exists() {
         fs::remove_dir_all(&root)?;
     }
-    let binary = static_binary(program)?;
-    place(&binary, &root.join("usr/bin").join(program), 0o755)?;
+    let installed = root.join("usr/bin").join(program);
+    match linking {
+        Linking::Static => place(&static_binary(program)?, &installed, 0o755)?,
+        Linking::Shared => place_with_libraries(&tested_binary(program)?, &installed, &root)?,
+    }
     place(&ca_bundle()?, &root.join("etc/ssl/certs/ca-certificates.crt"), 0o644)?;
     place(&workspace().join("LICENSE"), &root.join("usr/share/doc").join(program).join("LICENSE"), 0o644)?;
     let sbom = root.join(format!("usr/share/sbom/{program}.cdx.json"));
@@ -78,34 +91,56 @@ pub fn stage(program: &str, rootfs: &Path) -> Result<()> {
     Ok(fs::create_dir_all(root.join("tmp"))?)
 }
 
-/// The release binary with libc inside. Only the last link differs from the usual release build.
+/// The release binary with libc inside.
 fn static_binary(program: &str) -> Result<PathBuf> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    cargo.current_dir(workspace()).args([
-        "rustc",
-        "--release",
-        "--locked",
-        "--package",
-        program,
-        "--bin",
-        program,
-    ]);
     // Symbols stay, for backtraces; debug information is three quarters of the file.
     let flags = ["-C", "target-feature=+crt-static", "-C", "strip=debuginfo"];
-    cargo.args(["--message-format=json", "--"]).args(flags);
+    let mut cargo = cargo("rustc");
+    cargo.args(["--package", program, "--bin", program, "--"]).args(flags);
+    executable(&mut cargo, program)
+}
+
+/// The release binary as it is there when the workspace is tested.
+fn tested_binary(program: &str) -> Result<PathBuf> {
+    let mut cargo = cargo("test");
+    cargo.args(["--workspace", "--features", "growth-tests/cluster", "--no-run"]);
+    executable(&mut cargo, program)
+}
+
+fn cargo(command: &str) -> Command {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo.current_dir(workspace()).args([command, "--release", "--locked", "--message-format=json"]);
     // Set for tests by the cargo that runs them; build scripts that watch them would run again.
     for (name, _) in std::env::vars() {
         if name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_") {
             cargo.env_remove(name);
         }
     }
-    let messages = output(&mut cargo)?;
+    cargo
+}
+
+/// The program that cargo says it has built.
+fn executable(cargo: &mut Command, program: &str) -> Result<PathBuf> {
+    let messages = output(cargo)?;
     let artifact = messages
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == *program)
+        .filter(|message| message["target"]["name"] == *program && message["profile"]["test"] == false)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from));
     artifact.with_context(|| format!("cargo built no executable {program}"))
+}
+
+/// The binary without debug information, and below `root` the libraries that it loads, where it looks for them.
+fn place_with_libraries(binary: &Path, installed: &Path, root: &Path) -> Result<()> {
+    place(binary, installed, 0o755)?;
+    output(Command::new("strip").arg("--strip-debug").arg(installed))?;
+    for line in output(Command::new("ldd").arg(binary))?.lines() {
+        let path = line.split_whitespace().find(|word| word.starts_with('/'));
+        if let Some(path) = path {
+            place(Path::new(path), &root.join(path.trim_start_matches('/')), 0o755)?;
+        }
+    }
+    Ok(())
 }
 
 fn ca_bundle() -> Result<PathBuf> {

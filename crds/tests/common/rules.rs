@@ -53,8 +53,8 @@ pub fn creation_cases() -> Vec<Case> {
         ),
         case(
             "the first stage is trained by this job itself",
-            replace("/spec/stages/0/trainedBy", json!({"job": "tiny-2"})),
-            replace("/spec/stages/0/trainedBy", json!({"job": "tiny"})),
+            vec![("/metadata/name", json!("tiny-2")), ("/spec/stages/0/trainedBy", json!({"job": "tiny"}))],
+            vec![("/metadata/name", json!("tiny-2")), ("/spec/stages/0/trainedBy", json!({"job": "tiny-2"}))],
         ),
         case(
             "tokens: auto needs a later stage to grow into",

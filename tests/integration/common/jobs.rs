@@ -1,6 +1,6 @@
 //! What tests of the operator share: the chart installed once, a job of two stages, and what an undisturbed run of it gives.
 
-use super::{job, newest_checkpoint, tensors, trainer, upload_corpus, write};
+use super::{job, newest_checkpoint, tensors, test_image, trainer, upload_corpus, write};
 use anyhow::{Context, Result};
 use growth_crds::GrowthTrainingJob;
 use growth_crds::status::{GrowthTrainingJobStatus, Phase, StageState};
@@ -37,7 +37,7 @@ pub async fn with_operator() -> Environment {
 fn install(environment: &Environment) -> Result<()> {
     if let Some(cluster) = &environment.cluster {
         for program in images::PROGRAMS {
-            cluster.load_image(&images::build(program, &workspace().join("target/images"))?.path)?;
+            cluster.load_image(&test_image(program)?)?;
         }
     }
     let mut helm =

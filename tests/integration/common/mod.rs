@@ -12,11 +12,17 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use futures::TryStreamExt;
+use growth_tests::images::{self, Linking};
 use growth_tests::testing::{Environment, TestNamespace};
 use growth_tests::workspace;
 use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::{ObjectStore, ObjectStoreExt};
 use serde_json::{Value, json};
+
+/// The image of a program as it is tested, for the cluster.
+pub fn test_image(program: &str) -> Result<PathBuf> {
+    Ok(images::build(program, &workspace().join("target/images"), Linking::Shared)?.path)
+}
 
 pub fn s3(environment: &Environment) -> AmazonS3 {
     let s3 = &environment.s3;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::Parser;
-use growth_tests::images::{self, PROGRAMS};
+use growth_tests::images::{self, Linking, PROGRAMS};
 use growth_tests::workspace;
 
 /// Builds the container images from the release binaries, offline, as OCI archives that `cluster load` takes.
@@ -39,12 +39,12 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<()> {
     let programs = if cli.programs.is_empty() { PROGRAMS.map(String::from).to_vec() } else { cli.programs };
     if let Some(folder) = cli.stage {
-        return programs.iter().try_for_each(|program| images::stage(program, &folder));
+        return programs.iter().try_for_each(|program| images::stage(program, &folder, Linking::Static));
     }
     let out = cli.out.unwrap_or_else(|| workspace().join("target/images"));
     for program in programs {
         let started = Instant::now();
-        let archive = images::build(&program, &out)?;
+        let archive = images::build(&program, &out, Linking::Static)?;
         let bytes = archive.path.metadata()?.len();
         eprintln!(
             "{}@{}: {} in {:.1} s",

@@ -75,8 +75,13 @@ pub fn start(layout: &Layout, network: Network, options: &Options, number: u8) -
         .stdin(Stdio::piped());
     let mut child = daemon::start(layout, &name, &mut command)?;
 
-    let init = wait_until(&format!("the first process of {name}"), || Ok(init_of(layout, number)?.is_some()))
-        .and_then(|()| init_of(layout, number)?.context("it is gone again"))?;
+    // Asked once more it may be hidden for a moment: while it becomes the shell it has no environment.
+    let mut first = None;
+    wait_until(&format!("the first process of {name}"), || {
+        first = init_of(layout, number)?;
+        Ok(first.is_some())
+    })?;
+    let init = first.with_context(|| format!("{name} has no first process"))?;
     let cable = layout.cable(number);
     run(&format!("ip link add {cable} type veth peer name eth0 netns {init}"))?;
     run(&format!("ip link set {cable} master {} up", layout.bridge()))?;
