@@ -176,9 +176,7 @@ fn start(draft: &mut Draft<'_>, observed: &Observed, plan: &JobPlan, work: Work)
     let stage = work.stage().and_then(|index| plan.stages.get(index)).cloned().map(Box::new);
     draft.writes.push(Write::Start(Attempt { work, number: attempt.number, replicas, plan: stage }));
     draft.status.replicas = Some(replicas);
-    if draft.condition(ConditionType::Suspended).is_some() {
-        draft.set(ConditionType::Suspended, Reason::Resumed, "the job is no longer suspended");
-    }
+    draft.resume();
     if draft.condition(ConditionType::CheckpointAvailable).is_none() && matches!(work, Work::Train(_)) {
         draft.set(ConditionType::CheckpointAvailable, Reason::NoCheckpointYet, "none has been written yet");
     }

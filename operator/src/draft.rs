@@ -128,6 +128,13 @@ impl<'a> Draft<'a> {
         }
     }
 
+    /// It is suspended no longer, if it ever was.
+    pub fn resume(&mut self) {
+        if self.condition(ConditionType::Suspended).is_some() {
+            self.set(ConditionType::Suspended, Reason::Resumed, "the job is no longer suspended");
+        }
+    }
+
     /// Sets the summary.
     pub fn phase(&mut self, phase: Phase) {
         self.status.phase = Some(phase);

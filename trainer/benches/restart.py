@@ -29,6 +29,8 @@ KEYS = {
     "resume_seconds": "start to first step after a checkpoint",
     "restart_seconds": "SIGTERM to the first step after it",
     "step_seconds": "a step, for comparison",
+    "begin_seconds": "start to training at work: without that step",
+    "again_seconds": "SIGTERM to training at work again: without that step",
 }
 # The reference model of `compare`, the defaults of torch_step.py.
 JOB = """
@@ -180,6 +182,8 @@ def measure(kind, a):
         "resume_seconds": resumed - ended,
         "restart_seconds": resumed - terminated,
         "step_seconds": step_seconds,
+        "begin_seconds": started - began - step_seconds,
+        "again_seconds": resumed - terminated - step_seconds,
     }
 
 

@@ -79,10 +79,13 @@ fn check_names(name: &str, spec: &GrowthTrainingJobSpec, findings: &mut Findings
     if !is_label(name) {
         findings.error("metadata.name", "start it with a letter and use only a-z, 0-9 and -");
     }
-    let trained_by = spec.stages.first().and_then(|stage| stage.trained_by.as_ref());
-    if let Some(by) = trained_by.filter(|by| by.job == name) {
-        let message = format!("{} is this job itself; remove trainedBy, or name another job", by.job);
-        findings.error("spec.stages[0].trainedBy.job", message);
+    match spec.stages.first().and_then(|stage| stage.trained_by.as_ref()) {
+        Some(by) if by.job == name => {
+            let message = format!("{name} is this job itself; remove trainedBy, or name another job");
+            findings.error("spec.stages[0].trainedBy.job", message);
+        }
+        Some(by) => findings.note(format!("{}: job {} trains it", stage_field(0), by.job)),
+        None => {}
     }
     if spec.stages.is_empty() || spec.stages.len() > MAX_STAGES {
         let message = format!("there are {} stages; write 1 to {MAX_STAGES}", spec.stages.len());

@@ -437,7 +437,12 @@ fn a_given_start_is_kept() {
 #[test]
 fn a_stage_takes_the_place_of_an_equal_one_only() {
     let first = |edits: &[Edit]| plan(edits).unwrap().stages.remove(0);
-    let own = first(&[("/spec/stages/0/trainedBy", json!({"job": "base"}))]);
+    let trained_by: Edit = ("/spec/stages/0/trainedBy", json!({"job": "base"}));
+    assert_eq!(
+        plan(std::slice::from_ref(&trained_by)).unwrap().notes,
+        ["spec.stages[0]: job base trains it"]
+    );
+    let own = first(&[trained_by]);
     assert_eq!(own.trained_by.as_deref(), Some("base"));
     let equal = [
         ("/metadata/name", json!("base")),

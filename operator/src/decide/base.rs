@@ -28,6 +28,7 @@ pub(super) fn is_awaited(draft: &mut Draft<'_>, observed: &Observed, plan: &JobP
         },
     };
     let message = format!("stage {} is trained by job {job}, which {missing}", first.stage);
+    draft.resume();
     draft.set(ConditionType::Running, Reason::WaitingForJob, message);
     draft.phase(Phase::Pending);
     draft.requeue_after(LOOK_SECONDS);

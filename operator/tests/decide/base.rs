@@ -82,4 +82,5 @@ fn suspended_it_waits_for_nobody() {
     assert_eq!(world.phase(), Phase::Suspended);
     world.job.spec.suspend = false;
     waits(&mut world, None, "does not exist");
+    assert_eq!(world.condition("Suspended").1, "Resumed");
 }
