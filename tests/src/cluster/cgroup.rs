@@ -1,6 +1,7 @@
 //! The cgroups above a node's pods, on hosts with cgroup v1, v2 or both.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -30,8 +31,11 @@ pub fn create(name: &str) -> Result<()> {
         let mut parent = hierarchy;
         for part in name.split('/') {
             let child = parent.join(part);
-            if !child.exists() {
-                fs::create_dir(&child).with_context(|| format!("cannot create {}", child.display()))?;
+            // Nodes that start at the same time have the same parent.
+            if let Err(error) = fs::create_dir(&child)
+                && error.kind() != ErrorKind::AlreadyExists
+            {
+                return Err(error).with_context(|| format!("cannot create {}", child.display()));
             }
             enable_controllers(&parent)?;
             // cgroup v1: without processors and memory of its own a cpuset takes no process.

@@ -16,6 +16,7 @@ use growth_crds::plan::ModelConfig;
 use growth_crds::protocol::{GrowthMeasurement, GrowthSample};
 use rand::RngExt;
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// Tokens that are predicted, if nothing else is said.
 pub const DEFAULT_MEASURED_TOKENS: usize = 512;
@@ -97,51 +98,102 @@ pub(super) struct StoredModel<'a> {
     pub masks: Option<(WeightMasks, &'a ParameterLayout)>,
 }
 
-/// Compares source and target on the sample.
+/// Compares source and target on the sample. The logits of the source are kept, those of the target are looked at as
+/// they come.
 pub(super) fn compare(
     source: &StoredModel<'_>,
     target: &StoredModel<'_>,
     sample: &Sample,
 ) -> Result<GrowthMeasurement> {
-    let before = source.logits(sample)?;
-    let after = target.logits(sample)?;
-    let difference = before.iter().zip(&after).map(|(a, b)| f64::from(*a) - f64::from(*b));
     let vocabulary = source.config.vocab_size as usize;
+    let mut kept = vec![0.0; sample.targets.len() * vocabulary];
+    let (mut before, mut after) = (Predictions::of(&sample.targets), Predictions::of(&sample.targets));
+    let (mut logits, mut differences) = (Largest::default(), Largest::default());
+    source.logits(sample, |columns, piece| {
+        before.see(&columns, piece);
+        for (kept, row) in kept.chunks_exact_mut(vocabulary).zip(piece.chunks_exact(columns.len())) {
+            kept[columns.clone()].copy_from_slice(row);
+        }
+        piece.iter().for_each(|logit| logits.see(f64::from(*logit)));
+    })?;
+    target.logits(sample, |columns, piece| {
+        after.see(&columns, piece);
+        for (kept, row) in kept.chunks_exact(vocabulary).zip(piece.chunks_exact(columns.len())) {
+            let pairs = kept[columns.clone()].iter().zip(row);
+            pairs.for_each(|(before, after)| differences.see(f64::from(*before) - f64::from(*after)));
+        }
+    })?;
     Ok(GrowthMeasurement {
         sample: sample.kind,
         tokens: sample.targets.len() as u64,
-        max_logit_difference: largest(difference),
-        max_logit: largest(before.iter().map(|logit| f64::from(*logit))),
-        loss_before: mean_loss(&before, &sample.targets, vocabulary),
-        loss_after: mean_loss(&after, &sample.targets, vocabulary),
+        max_logit_difference: differences.finite(),
+        max_logit: logits.finite(),
+        loss_before: before.mean_loss(),
+        loss_after: after.mean_loss(),
     })
 }
 
-/// The largest absolute value; `None` when one is not finite.
-fn largest(values: impl Iterator<Item = f64>) -> Option<f64> {
-    let mut largest: f64 = 0.0;
-    for value in values {
-        if !value.is_finite() {
-            return None;
-        }
-        largest = largest.max(value.abs());
+/// The largest absolute value so far.
+#[derive(Default)]
+struct Largest(f64);
+
+impl Largest {
+    fn see(&mut self, value: f64) {
+        self.0 = if value.is_finite() { self.0.max(value.abs()) } else { f64::INFINITY };
     }
-    Some(largest)
+
+    /// `None` when one was not finite.
+    fn finite(&self) -> Option<f64> {
+        Some(self.0).filter(|largest| largest.is_finite())
+    }
 }
 
-fn mean_loss(logits: &[f32], targets: &[u32], vocabulary: usize) -> Option<f64> {
-    let loss = |(row, target): (&[f32], &u32)| {
-        let largest = row.iter().fold(f64::NEG_INFINITY, |largest, logit| largest.max(f64::from(*logit)));
-        let sum: f64 = row.iter().map(|logit| (f64::from(*logit) - largest).exp()).sum();
-        largest + sum.ln() - f64::from(row[*target as usize])
-    };
-    let sum: f64 = logits.chunks_exact(vocabulary).zip(targets).map(loss).sum();
-    Some(sum / targets.len() as f64).filter(|mean| mean.is_finite())
+/// The loss of a model whose logits come some columns of the vocabulary at a time.
+struct Predictions<'a> {
+    targets: &'a [u32],
+    rows: Vec<Prediction>,
+}
+
+/// One token: log(sum(exp(logits))) is `largest + log(sum)`.
+#[derive(Clone)]
+struct Prediction {
+    largest: f64,
+    sum: f64,
+    of_target: f64,
+}
+
+impl<'a> Predictions<'a> {
+    fn of(targets: &'a [u32]) -> Self {
+        let nothing = Prediction { largest: f64::NEG_INFINITY, sum: 0.0, of_target: 0.0 };
+        Self { targets, rows: vec![nothing; targets.len()] }
+    }
+
+    /// `piece` [tokens, columns].
+    fn see(&mut self, columns: &Range<usize>, piece: &[f32]) {
+        let tokens = self.rows.iter_mut().zip(self.targets);
+        for ((row, target), logits) in tokens.zip(piece.chunks_exact(columns.len())) {
+            let largest = logits.iter().fold(row.largest, |largest, logit| largest.max(f64::from(*logit)));
+            let sum: f64 = logits.iter().map(|logit| (f64::from(*logit) - largest).exp()).sum();
+            row.sum = row.sum * (row.largest - largest).exp() + sum;
+            row.largest = largest;
+            if let Some(place) = (*target as usize).checked_sub(columns.start)
+                && let Some(logit) = logits.get(place)
+            {
+                row.of_target = f64::from(*logit);
+            }
+        }
+    }
+
+    /// In nats; `None` when it is not finite.
+    fn mean_loss(&self) -> Option<f64> {
+        let sum: f64 = self.rows.iter().map(|row| row.largest + row.sum.ln() - row.of_target).sum();
+        Some(sum / self.rows.len() as f64).filter(|mean| mean.is_finite())
+    }
 }
 
 impl StoredModel<'_> {
-    /// Logits of all positions, [tokens, vocabulary].
-    fn logits(&self, sample: &Sample) -> Result<Vec<f32>> {
+    /// Logits of all positions, piece by piece: columns of the vocabulary, and [tokens, columns].
+    fn logits(&self, sample: &Sample, mut see: impl FnMut(Range<usize>, &[f32])) -> Result<()> {
         let config = self.config;
         let rows = sample.ids.len();
         let heads = HeadShape {
@@ -158,9 +210,14 @@ impl StoredModel<'_> {
         }
         let normed = self.norm("model.norm.weight", &stream)?;
         let head = if config.tie_word_embeddings { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        let mut logits = vec![0.0; rows * config.vocab_size as usize];
-        self.project(head, &normed, &mut logits, Output::Overwrite)?;
-        Ok(logits)
+        let mut logits = Vec::new();
+        self.pieces(head, normed.len() / rows, |first, weights| {
+            let count = weights.rows();
+            logits.resize(rows * count, 0.0);
+            let out = MatrixMut::new(&mut logits, rows, count);
+            gemm(out, Matrix::new(&normed, rows, normed.len() / rows), weights.t(), Output::Overwrite);
+            see(first..first + count, &logits);
+        })
     }
 
     fn block(&self, layer: u32, stream: &mut [f32], heads: &HeadShape, table: &RopeTable) -> Result<()> {
@@ -258,7 +315,7 @@ impl StoredModel<'_> {
         self.tensors.get(name).and_then(|place| place.shape.first().copied()).unwrap_or(1)
     }
 
-    /// Reads the matrix in pieces of whole rows, each of which is some columns of the output.
+    /// Each piece of the matrix is some columns of the output.
     fn project_into(
         &self,
         name: &str,
@@ -267,7 +324,16 @@ impl StoredModel<'_> {
         (rows, stride, column): (usize, usize, usize),
         output: Output,
     ) -> Result<()> {
-        let (inputs, outputs) = (x.len() / rows, self.outputs(name));
+        let inputs = x.len() / rows;
+        self.pieces(name, inputs, |first, weights| {
+            let out = MatrixMut::strided(&mut out[column + first..], rows, weights.rows(), stride);
+            gemm(out, Matrix::new(x, rows, inputs), weights.t(), output);
+        })
+    }
+
+    /// Reads a matrix [outputs, inputs] in pieces of whole rows, each with the number of its first one.
+    fn pieces(&self, name: &str, inputs: usize, mut see: impl FnMut(usize, Matrix<'_>)) -> Result<()> {
+        let outputs = self.outputs(name);
         let place = self.tensors.expect(self.folder, name, &[outputs, inputs])?;
         let at_once = (PIECE_BYTES / 4 / inputs).max(1);
         let (mut buffer, mut numbers) = (Vec::new(), Vec::new());
@@ -280,9 +346,7 @@ impl StoredModel<'_> {
                 Ok::<(), GrowthError>(())
             })?;
             let weights = self.masked(name, first * inputs, &numbers);
-            let weights = Matrix::new(&weights, count, inputs);
-            let out = MatrixMut::strided(&mut out[column + first..], rows, count, stride);
-            gemm(out, Matrix::new(x, rows, inputs), weights.t(), output);
+            see(first, Matrix::new(&weights, count, inputs));
         }
         Ok(())
     }
