@@ -126,9 +126,9 @@ impl Election {
     /// Each time that the lease is seen without a holder: at first sight too, since it may have been given back between
     /// the manager's read and the start of the watch.
     fn releases(&self) -> impl Stream<Item = ()> {
-        let is_held = |lease: Lease| lease.spec.is_some_and(|spec| spec.holder_identity.is_some());
+        let is_held = |lease: &Lease| lease.spec.as_ref().is_some_and(|spec| spec.holder_identity.is_some());
         watcher::watch_object(self.watched.clone(), &self.name).default_backoff().filter_map(move |seen| {
-            future::ready(seen.ok().filter(|lease| !lease.clone().is_some_and(is_held)).map(drop))
+            future::ready(seen.ok().filter(|lease| !lease.as_ref().is_some_and(is_held)).map(drop))
         })
     }
 }

@@ -59,15 +59,6 @@ pub fn flops_of(stage: &StagePlan) -> f64 {
     stage.learning_flops() + stage.flops.exact
 }
 
-impl Comparison {
-    /// Every job in an order in which it can run: bases, then all recipes seed by seed.
-    pub fn jobs(&self) -> impl Iterator<Item = &LoadedJob> {
-        let of_seed = |seed: usize| self.recipes.iter().filter_map(move |recipe| recipe.runs.get(seed));
-        let runs = (0..self.spec.seeds.len()).flat_map(of_seed);
-        self.bases.iter().chain(runs.map(|run| &run.job))
-    }
-}
-
 impl Recipe {
     /// The plan of one of its runs; they differ in nothing but the seed.
     pub fn plan(&self) -> Option<&JobPlan> {
@@ -93,6 +84,13 @@ impl Comparison {
     /// Everything that is wrong with them, at its place in the spec.
     pub fn new(loaded: &LoadedSpec) -> Result<Self, JobFileError> {
         Self::of(&loaded.spec).map_err(|problems| loaded.error(problems))
+    }
+
+    /// Every job in an order in which it can run: bases, then all recipes seed by seed.
+    pub fn jobs(&self) -> impl Iterator<Item = &LoadedJob> {
+        let of_seed = |seed: usize| self.recipes.iter().filter_map(move |recipe| recipe.runs.get(seed));
+        let runs = (0..self.spec.seeds.len()).flat_map(of_seed);
+        self.bases.iter().chain(runs.map(|run| &run.job))
     }
 
     fn of(spec: &ComparisonSpec) -> Result<Self, Vec<Problem>> {

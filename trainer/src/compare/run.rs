@@ -6,7 +6,6 @@ use crate::job::{self, JobEnd, JobError, JobRecord, Result};
 use crate::job_file::{LoadedJob, Problem};
 use crate::progress::{Reporter, duration};
 use crate::storage::Storage;
-use growth_crds::plan::JobPlan;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc;
 use std::time::Instant;
@@ -171,20 +170,10 @@ impl Shared<'_> {
     }
 
     fn run(&self, job: &LoadedJob, reporter: &mut Reporter) -> Result<JobEnd> {
-        self.pin_dataset(&job.plan)?;
+        job::agree_on_dataset(&self.storage, &job.plan.job, self.dataset.digest(), |own| {
+            format!("it has trained on dataset {own}; give the comparison another name")
+        })?;
         job::run(job, Some(1), self.stop, reporter)
-    }
-
-    fn pin_dataset(&self, plan: &JobPlan) -> Result<()> {
-        match job::pinned_dataset(&self.storage, &plan.job)? {
-            None => job::pin_dataset(&self.storage, &plan.job, self.dataset.digest()),
-            Some(digest) if digest == self.dataset.digest() => Ok(()),
-            Some(digest) => {
-                let message = format!("it has trained on dataset {digest}; give the comparison another name");
-                let problems = vec![Problem::of_field("spec.data".to_owned(), message)];
-                Err(JobError::Changed { uri: self.storage.uri_of(&plan.job), problems })
-            }
-        }
     }
 }
 

@@ -1,8 +1,7 @@
 //! A first stage that another job has trained.
 
-use super::{JobError, JobRecord, Result, finished, pin_dataset, pinned_dataset};
+use super::{JobError, JobRecord, Result, agree_on_dataset, finished, pinned_dataset};
 use crate::checkpoint::{self, CheckpointLocation};
-use crate::job_file::Problem;
 use crate::progress::Reporter;
 use crate::storage::Storage;
 use growth_crds::plan::{JobPlan, StagePlan};
@@ -32,7 +31,10 @@ pub fn take_base(
         let (stage, storage) = (stage.stage.clone(), storage.uri().to_owned());
         return Err(JobError::NotTrained { job: base.clone(), stage, storage });
     };
-    take_dataset(stage, &dataset, base, storage)?;
+    // Both must read the same tokens, and a sample of the sources depends on the seed.
+    agree_on_dataset(storage, &stage.job, &dataset, |own| {
+        format!("it trains on dataset {own}, but job {base} on {dataset}")
+    })?;
     reporter.note(&format!("stage {} is that of job {base}, step {}", stage.stage, source.step));
     let (storage, job, stage) = (storage.clone(), stage.job.clone(), stage.stage.clone());
     let attempt = checkpoint::next_attempt(&storage, &job, &stage)?;
@@ -47,18 +49,5 @@ fn check_record(stage: &StagePlan, base: &str, storage: &Storage) -> Result<()> 
     match trained.stages.first().and_then(|trained| stage.mismatch(trained)) {
         Some(mismatch) => Err(JobError::OtherStage(mismatch)),
         None => Ok(()),
-    }
-}
-
-/// Both must read the same tokens, and a sample of the sources depends on the seed.
-fn take_dataset(stage: &StagePlan, digest: &str, base: &str, storage: &Storage) -> Result<()> {
-    match pinned_dataset(storage, &stage.job)? {
-        None => pin_dataset(storage, &stage.job, digest),
-        Some(own) if own == digest => Ok(()),
-        Some(own) => {
-            let message = format!("it trains on dataset {own}, but job {base} on {digest}");
-            let problems = vec![Problem::of_field("spec.data".to_owned(), message)];
-            Err(JobError::Changed { uri: storage.uri_of(&stage.job), problems })
-        }
     }
 }

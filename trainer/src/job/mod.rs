@@ -28,7 +28,8 @@ use std::time::Instant;
 
 pub use base::take_base;
 pub use growing::{GrowthReporter, GrowthStep, grow_checkpoint};
-pub use record::{JobRecord, pin_dataset, pinned_dataset};
+use record::pin_dataset;
+pub use record::{JobRecord, agree_on_dataset, pinned_dataset};
 
 /// Why a job stopped.
 #[derive(thiserror::Error, Debug)]

@@ -1,7 +1,7 @@
 //! What a job remembers beside its checkpoints: its object, and which prepared dataset it trains on.
 
 use super::{JobError, Result};
-use crate::job_file::check_update;
+use crate::job_file::{Problem, check_update};
 use crate::storage::{Storage, StorageError};
 use growth_crds::spec::GrowthTrainingJob;
 use serde::de::DeserializeOwned;
@@ -65,6 +65,26 @@ pub fn pin_dataset(storage: &Storage, job: &str, digest: &str) -> Result<()> {
     let pin = DatasetPin { digest: digest.to_owned() };
     let text = serde_json::to_vec_pretty(&pin).map_err(|error| unreadable(storage, &name, &error))?;
     Ok(storage.create(&name, text)?)
+}
+
+/// Makes the job train on this dataset, or finds that it does.
+///
+/// # Errors
+/// [`JobError::Changed`] with `conflict` of the digest of another one that it trains on, or what the storage says.
+pub fn agree_on_dataset(
+    storage: &Storage,
+    job: &str,
+    digest: &str,
+    conflict: impl FnOnce(&str) -> String,
+) -> Result<()> {
+    match pinned_dataset(storage, job)? {
+        None => pin_dataset(storage, job, digest),
+        Some(own) if own == digest => Ok(()),
+        Some(own) => {
+            let problems = vec![Problem::of_field("spec.data".to_owned(), conflict(&own))];
+            Err(JobError::Changed { uri: storage.uri_of(job), problems })
+        }
+    }
 }
 
 fn read<T: DeserializeOwned>(storage: &Storage, name: &str) -> Result<Option<T>> {
